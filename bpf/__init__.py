@@ -1,0 +1,1 @@
+"""Kernel side: C sources and, once built, the objects `flow.bpf.o` and `counter.bpf.o`."""

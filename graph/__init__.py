@@ -1,0 +1,1 @@
+"""Flows to windows to host graphs. Opens no socket, imports no Kafka."""
