@@ -1,0 +1,300 @@
+"""Flow records: their layout in the ring, their columns in Arrow, and the way from one to the other.
+
+`RECORD_DTYPE` mirrors `struct flow_record` of bpf/flow.h, `FLOW_SCHEMA` is version 1 of the columns that everything
+downstream reads. A batch of n records becomes columns without a Python loop over records: one gather a column, and only
+the distinct addresses of a batch are formatted.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+SCHEMA_VERSION = 1
+
+DIRECTION_DTYPE = np.dtype(
+    [
+        ("packets", "<u8"),
+        ("bytes", "<u8"),
+        ("length_sumsq", "<u8"),
+        ("iat_sum_ns", "<u8"),
+        ("iat_sumsq_us2", "<u8"),
+        ("last_ns", "<u8"),
+        ("length_min", "<u4"),
+        ("length_max", "<u4"),
+        ("tcp_flags", "u1"),
+        ("ttl_min", "u1"),
+        ("ttl_max", "u1"),
+        ("pad", "u1"),
+        ("fragments", "<u4"),
+    ]
+)
+"""`struct flow_direction`: 64 bytes."""
+
+RECORD_DTYPE = np.dtype(
+    [
+        ("initiator", "u1", (16,)),
+        ("responder", "u1", (16,)),
+        ("initiator_port", "<u2"),
+        ("responder_port", "<u2"),
+        ("proto", "u1"),
+        ("ip_version", "u1"),
+        ("end_reason", "u1"),
+        ("flags", "u1"),
+        ("start_ns", "<u8"),
+        ("end_ns", "<u8"),
+        ("handshake_ns", "<u8"),
+        ("ifindex", "<u4"),
+        ("vlan", "<u2"),
+        ("icmp_type", "u1"),
+        ("icmp_code", "u1"),
+        ("icmp_valid", "u1"),
+        ("pad", "u1", (7,)),
+        ("direction", DIRECTION_DTYPE, (2,)),
+        ("sequence", "<u8"),
+        ("reserved", "u1", (32,)),
+    ]
+)
+"""`struct flow_record`: 248 bytes; addresses are 16 bytes as on the wire (IPv4 as ::ffff:a.b.c.d)."""
+
+VLAN_CHANGED, CONTINUED = 1 << 0, 1 << 1
+"""Bits of `flags` (enum flow_flags)."""
+
+END_REASONS = {
+    1: "idle timeout",
+    2: "active timeout",
+    3: "end of flow",
+    4: "forced end",
+    5: "lack of resources",
+}
+"""flowEndReason, IANA information element 136."""
+
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+_BOTH_WAYS: tuple[tuple[str, pa.DataType], ...] = (
+    ("length_min", pa.uint32()),
+    ("length_max", pa.uint32()),
+    ("length_sumsq", pa.uint64()),
+    ("iat_sum_ns", pa.uint64()),
+    ("iat_sumsq_us2", pa.uint64()),
+    ("ttl_min", pa.uint8()),
+    ("ttl_max", pa.uint8()),
+    ("fragments", pa.uint32()),
+)
+
+FLOW_SCHEMA = pa.schema(
+    [
+        pa.field("start_ns", pa.int64(), nullable=False),
+        pa.field("end_ns", pa.int64(), nullable=False),
+        pa.field("src_ip", _NAMES, nullable=False),
+        pa.field("dst_ip", _NAMES, nullable=False),
+        pa.field("src_port", pa.int32(), nullable=False),
+        pa.field("dst_port", pa.int32(), nullable=False),
+        pa.field("proto", pa.int32(), nullable=False),
+        pa.field("packets_fwd", pa.int64(), nullable=False),
+        pa.field("packets_rev", pa.int64(), nullable=False),
+        pa.field("bytes_fwd", pa.int64(), nullable=False),
+        pa.field("bytes_rev", pa.int64(), nullable=False),
+        pa.field("sensor", _NAMES, nullable=False),
+        pa.field("ip_version", pa.uint8(), nullable=False),
+        pa.field("tcp_flags_fwd", pa.uint8(), nullable=False),
+        pa.field("tcp_flags_rev", pa.uint8(), nullable=False),
+        pa.field("vlan", pa.uint16(), nullable=False),
+        pa.field("vlan_changed", pa.bool_(), nullable=False),
+        pa.field("icmp_type", pa.int16(), nullable=False),
+        pa.field("icmp_code", pa.int16(), nullable=False),
+        pa.field("end_reason", pa.uint8(), nullable=False),
+        pa.field("continued", pa.bool_(), nullable=False),
+        pa.field("ifindex", pa.uint32(), nullable=False),
+        pa.field("handshake_ns", pa.int64(), nullable=True),
+        *(pa.field(f"{name}_{way}", kind, nullable=False) for name, kind in _BOTH_WAYS for way in ("fwd", "rev")),
+    ],
+    metadata={"flowsage.schema": str(SCHEMA_VERSION)},
+)
+"""Columns of flow records, version 1. Times are Unix ns; `_fwd` is initiator to responder; bytes are frame lengths;
+icmp_type and icmp_code are −1 where they do not apply; handshake_ns is null unless SYN and SYN-ACK were both seen."""
+
+_DIGITS = np.zeros((256, 4), np.uint8)
+for _value in range(256):
+    _text = f"{_value}.".encode()
+    _DIGITS[_value, : len(_text)] = np.frombuffer(_text, np.uint8)
+_LENGTHS = (_DIGITS != 0).sum(axis=1).astype(np.int32)
+
+
+def _ipv4_names(octets: npt.NDArray[np.uint8]) -> pa.Array:
+    """Dotted names [n] of n IPv4 addresses, `octets` [n, 4]: digits by table, then squeezed together."""
+    text = _DIGITS[octets]
+    last = text[:, 3]
+    last[last == ord(".")] = 0
+    offsets = np.zeros(len(octets) + 1, np.int32)
+    np.cumsum(_LENGTHS[octets].sum(axis=1) - 1, out=offsets[1:])
+    flat = text.reshape(-1)
+    return pa.Array.from_buffers(pa.string(), len(octets), [None, pa.py_buffer(offsets), pa.py_buffer(flat[flat != 0])])
+
+
+def _mapped(addresses: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which of `addresses` [n, 16], contiguous, are ::ffff:a.b.c.d [n]."""
+    words = addresses.view("<u8").reshape(-1, 2)
+    result: npt.NDArray[np.bool_] = (words[:, 0] == 0) & (
+        (words[:, 1] & np.uint64(0xFFFFFFFF)) == np.uint64(0xFFFF0000)
+    )
+    return result
+
+
+def format_addresses(addresses: npt.NDArray[np.uint8], ip_version: npt.NDArray[np.uint8]) -> pa.Array:
+    """Names [n] of n addresses of 16 bytes [n, 16]; those of `ip_version` 4 are IPv4-mapped and come out dotted.
+
+    IPv6 is written as RFC 5952 says.
+    """
+    v4 = ip_version == 4
+    if v4.all():
+        return _ipv4_names(addresses[:, 12:])
+    wire = addresses[~v4].tobytes()
+    v6_names = [socket.inet_ntop(socket.AF_INET6, wire[i : i + 16]) for i in range(0, len(wire), 16)]
+    names = pa.concat_arrays([_ipv4_names(addresses[v4][:, 12:]), pa.array(v6_names, pa.string())])
+    place = np.empty(len(addresses), np.int64)
+    place[np.concatenate([np.flatnonzero(v4), np.flatnonzero(~v4)])] = np.arange(len(addresses))
+    return names.take(pa.array(place))
+
+
+def encode_addresses(addresses: npt.NDArray[np.uint8], ip_version: npt.NDArray[np.uint8]) -> pa.DictionaryArray:
+    """`addresses` [n, 16] as dictionary<int32, string> [n] in order of first appearance.
+
+    Mapped addresses that came in IPv6 packets stay apart from IPv4 ones: they are other hosts.
+    """
+    addresses = np.ascontiguousarray(addresses)
+    n = len(addresses)
+    mapped = _mapped(addresses)
+    if mapped.all() and (ip_version == 4).all():
+        # The common case: IPv4 only, and four bytes hash twice as fast as sixteen.
+        words = np.ascontiguousarray(addresses.view("<u4")[:, 3])
+        encoded = pa.array(words).dictionary_encode()
+        octets = encoded.dictionary.to_numpy().view(np.uint8).reshape(-1, 4)
+        return pa.DictionaryArray.from_arrays(encoded.indices, _ipv4_names(octets))
+    ambiguous = bool((mapped & (ip_version == 6)).any())
+    keys = np.column_stack([addresses, ip_version]) if ambiguous else addresses
+    width = keys.shape[1]
+    flat = pa.Array.from_buffers(pa.binary(width), n, [None, pa.py_buffer(np.ascontiguousarray(keys))])
+    encoded = flat.dictionary_encode()
+    distinct = np.frombuffer(encoded.dictionary.buffers()[1], np.uint8, len(encoded.dictionary) * width)
+    distinct = distinct.reshape(-1, width)
+    forms = np.ascontiguousarray(distinct[:, :16])
+    version = distinct[:, 16] if ambiguous else np.where(_mapped(forms), 4, 6).astype(np.uint8)
+    return pa.DictionaryArray.from_arrays(encoded.indices, format_addresses(forms, version))
+
+
+def to_batch(records: npt.NDArray[Any], *, clock_offset_ns: int, sensor: str) -> pa.RecordBatch:
+    """n records (`RECORD_DTYPE`) as a record batch of `FLOW_SCHEMA`, in the same order.
+
+    `clock_offset_ns` is added to every time: Unix time minus the program's clock (0 for a capture's own clock).
+    """
+    n = len(records)
+    offset = np.int64(clock_offset_ns)
+    flags = records["flags"]
+    icmp = records["icmp_valid"] != 0
+    ends = np.empty((2 * n, 16), np.uint8)
+    ends[:n] = records["initiator"]
+    ends[n:] = records["responder"]
+    version = np.ascontiguousarray(records["ip_version"])
+    both = encode_addresses(ends, np.concatenate([version, version]))
+    handshake = records["handshake_ns"].astype(np.int64)
+    ways = records["direction"][:, 0], records["direction"][:, 1]
+    columns: list[Any] = [
+        records["start_ns"].astype(np.int64) + offset,
+        records["end_ns"].astype(np.int64) + offset,
+        both[:n],
+        both[n:],
+        records["initiator_port"].astype(np.int32),
+        records["responder_port"].astype(np.int32),
+        records["proto"].astype(np.int32),
+        *(way["packets"].astype(np.int64) for way in ways),
+        *(way["bytes"].astype(np.int64) for way in ways),
+        pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([sensor], pa.string())),
+        version,
+        *(np.ascontiguousarray(way["tcp_flags"]) for way in ways),
+        np.ascontiguousarray(records["vlan"]),
+        (flags & VLAN_CHANGED) != 0,
+        np.where(icmp, records["icmp_type"].astype(np.int16), np.int16(-1)),
+        np.where(icmp, records["icmp_code"].astype(np.int16), np.int16(-1)),
+        np.ascontiguousarray(records["end_reason"]),
+        (flags & CONTINUED) != 0,
+        np.ascontiguousarray(records["ifindex"]),
+        pa.array(handshake, mask=handshake == 0),
+        *(np.ascontiguousarray(way[name]) for name, _ in _BOTH_WAYS for way in ways),
+    ]
+    return pa.RecordBatch.from_arrays(
+        [c if isinstance(c, pa.Array) else pa.array(c) for c in columns], schema=FLOW_SCHEMA
+    )
+
+
+def _reduce(table: pa.Table, name: str, group: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> Any:
+    """Column `name` of the groups [g]: rows are sorted by group, `first` [g] is where each begins."""
+    column = table.column(name)
+    kind = column.type
+    stem = name.removesuffix("_fwd").removesuffix("_rev")
+    if stem in ("packets", "bytes", "length_sumsq", "iat_sum_ns", "iat_sumsq_us2", "fragments"):
+        return pa.array(np.add.reduceat(column.to_numpy(), first), kind)
+    if stem in ("tcp_flags", "vlan_changed"):
+        return pa.array(np.bitwise_or.reduceat(column.to_numpy(), first), kind)
+    if stem in ("length_min", "ttl_min"):
+        # A direction without packets has no smallest packet: it must not win against one that has.
+        packets = table.column("packets" + name[-4:]).to_numpy()
+        values = column.to_numpy()
+        highest = np.iinfo(values.dtype).max
+        lowest = np.minimum.reduceat(np.where(packets > 0, values, highest), first)
+        return pa.array(np.where(np.add.reduceat(packets, first) > 0, lowest, values[first]), kind)
+    if stem in ("length_max", "ttl_max", "end_ns"):
+        return pa.array(np.maximum.reduceat(column.to_numpy(), first), kind)
+    if stem == "handshake_ns":
+        known = np.where(pc.is_valid(column).to_numpy(), pc.fill_null(column, 0).to_numpy(), np.iinfo(np.int64).max)
+        least = np.minimum.reduceat(known, first)
+        return pa.array(least, kind, mask=least == np.iinfo(np.int64).max)
+    last = np.append(first[1:], len(group)) - 1
+    return column.take(pa.array(last if stem == "end_reason" else first)).combine_chunks()
+
+
+_MIRRORED = [(name, name[:-3] + "rev") for name in FLOW_SCHEMA.names if name.endswith("_fwd")]
+
+
+def merge_same_flow(table: pa.Table) -> pa.Table:
+    """One row a flow (IP version, protocol, unordered pair of address and port), in order of first packet.
+
+    Counts and sums are added, flags or-ed, extremes kept; the initiator, VLAN, interface and ICMP type are those of the
+    earliest record, the end reason that of the latest. A table in which every flow has one record comes back as it was.
+    """
+    n = len(table)
+    table = table.unify_dictionaries().combine_chunks()
+    if not n:
+        return table
+    both = pa.chunked_array([*table.column("src_ip").chunks, *table.column("dst_ip").chunks]).unify_dictionaries()
+    host = np.concatenate([chunk.indices.to_numpy() for chunk in both.chunks]).astype(np.uint64)
+    port = np.concatenate([table.column(c).to_numpy() for c in ("src_port", "dst_port")]).astype(np.uint64)
+    end = (host << np.uint64(16)) | port
+    low, high = np.minimum(end[:n], end[n:]), np.maximum(end[:n], end[n:])
+    kind = (table.column("proto").to_numpy().astype(np.uint64) << np.uint64(8)) | table.column("ip_version").to_numpy()
+    key = np.column_stack([low, high, kind])
+    words = pa.Array.from_buffers(pa.binary(24), n, [None, pa.py_buffer(np.ascontiguousarray(key))])
+    group = words.dictionary_encode().indices.to_numpy().astype(np.int64)
+    if group[-1] == n - 1 and np.array_equal(group, np.arange(n)):
+        return table
+    order = np.lexsort((table.column("start_ns").to_numpy(), group))
+    table, group = table.take(pa.array(order)), group[order]
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    swapped = end[:n][order] != np.repeat(end[:n][order][first], np.diff(np.append(first, n)))
+    for fwd, rev in _MIRRORED:
+        a, b = table.column(fwd), table.column(rev)
+        for name, yes, no in ((fwd, b, a), (rev, a, b)):
+            field = table.schema.field(name)
+            values = pc.if_else(pa.array(swapped), yes, no)
+            table = table.set_column(table.schema.get_field_index(name), field, values)
+    merged = pa.table([_reduce(table, name, group, first) for name in table.column_names], schema=table.schema)
+    return merged.take(pa.array(np.argsort(merged.column("start_ns").to_numpy(), kind="stable")))
+
+
+def packets_in(batch: pa.RecordBatch | pa.Table) -> int:
+    """Packets that the records of `batch` account for, both ways."""
+    return sum(int(np.sum(batch.column(name).to_numpy(), dtype=np.int64)) for name in ("packets_fwd", "packets_rev"))
