@@ -153,8 +153,10 @@ def _names(table: pa.Table, column: str) -> pa.ChunkedArray:
         raise SchemaError(f"column {column!r} is {values.type}, expected strings")
     if values.null_count:
         raise SchemaError(f"column {column!r} has {values.null_count} empty values; every flow needs both hosts")
-    return values.cast(pa.dictionary(pa.int32(), pa.string())) if pa.types.is_dictionary(values.type) else (
-        values.cast(pa.string()).dictionary_encode()
+    return (
+        values.cast(pa.dictionary(pa.int32(), pa.string()))
+        if pa.types.is_dictionary(values.type)
+        else (values.cast(pa.string()).dictionary_encode())
     )
 
 
@@ -212,7 +214,10 @@ def from_table(table: pa.Table | pa.RecordBatch, *, undirected: bool = False, fi
         refused = pc.is_in(state, value_set=pa.array(FAILED_STATES)).to_numpy().astype(np.bool_)
         failed = np.where(known, refused, failed)
         told = told | known
-    forward, reverse = np.where(packets_rev >= 0, packets_fwd, bytes_fwd), np.where(packets_rev >= 0, packets_rev, bytes_rev)
+    forward, reverse = (
+        np.where(packets_rev >= 0, packets_fwd, bytes_fwd),
+        np.where(packets_rev >= 0, packets_rev, bytes_rev),
+    )
     answered = (reverse != 0) & ~failed
     if undirected:
         answered &= (forward != 0) | (reverse < 0)

@@ -1,0 +1,260 @@
+"""The one typed configuration: flags over environment over a TOML file.
+
+    [sensor]                      FLOWSAGE_SENSOR__IDLE_TIMEOUT=30s
+    interfaces = ["eth0"]         flowsage run --interface eth0
+    idle_timeout = "30s"
+
+Every key below is a section and a field of `Settings`; an unknown one is refused by name, wherever it stands. Durations
+are written "250ms", "15s", "2m", "1h" or a number of seconds, sizes "64MiB" or a number of bytes; both are integers
+(nanoseconds, bytes) once read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from flowsage.collector.errors import ConfigurationError
+
+_UNITS_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
+_UNITS_BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+ENVIRONMENT = "FLOWSAGE_"
+RESERVED = {"FLOWSAGE_CONFIG", "FLOWSAGE_SHARED"}
+"""Variables with our prefix that are not configuration keys: the file itself, and where tests find captures."""
+
+
+def _scaled(value: object, units: dict[str, int], example: str) -> object:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if not found or found[2] not in units:
+        raise ValueError(f"{value!r} is not of the form {example}")
+    return round(float(found[1]) * units[found[2]])
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return round(value * 10**9)
+    return _scaled(value, {"": 10**9, **_UNITS_NS}, '"15s" (ms, s, m, h, d)')
+
+
+def _size(value: object) -> object:
+    return _scaled(value, _UNITS_BYTES, '"64MiB"')
+
+
+def _names(value: object) -> object:
+    return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
+
+
+def _seconds(value: int) -> str:
+    return f"{value / 10**9:g}s"
+
+
+Duration = Annotated[int, BeforeValidator(_duration), PlainSerializer(_seconds), Field(ge=0)]
+"""Nanoseconds, read from "15s" or a number of seconds."""
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+"""Bytes, read from "64MiB" or a number."""
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+"""A list of names; "eth0,eth1" in the environment."""
+SECOND = 10**9
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+class SensorSettings(_Section):
+    """The kernel program and what drains it."""
+
+    name: str = Field(default_factory=socket.gethostname, description="sensor's name: key of its flow batches")
+    interfaces: Names = Field((), description="interfaces to watch; they share one flow table")
+    mode: Literal["auto", "drv", "skb"] = Field(
+        "auto", description="XDP mode; auto falls back from drv to skb and says so"
+    )
+    mirror: bool = Field(False, description="the interface only mirrors traffic: drop packets once they are counted")
+    replace: bool = Field(False, description="replace an XDP program that somebody else attached")
+    table_entries: int = Field(262_144, gt=0, description="flows in the kernel's table")
+    ring_bytes: Size = Field(64 * 2**20, description="ring buffer, a power of two")
+    idle_timeout: Duration = Field(15 * SECOND, description="a flow that is silent for so long has ended")
+    active_timeout: Duration = Field(60 * SECOND, description="a flow that goes on is reported at least so often")
+    half_open_timeout: Duration = Field(5 * SECOND, description="a SYN without SYN-ACK is given up after")
+    linger: Duration = Field(1 * SECOND, description="an ended TCP flow waits so long for stragglers")
+    sweep_interval: Duration = Field(1 * SECOND, description="how often idle flows are looked for")
+    poll_interval: Duration = Field(SECOND // 10, description="how often the ring is drained")
+
+
+class WindowSettings(_Section):
+    """Event time."""
+
+    window: Duration = Field(60 * SECOND, description="history and graph learn from windows of this length")
+    pane: Duration = Field(10 * SECOND, description="alarms look this often")
+    lateness: Duration | None = Field(
+        None, description="how long a window waits for late records; default: what the sensor's timeouts allow"
+    )
+    sensor_timeout: Duration = Field(
+        30 * SECOND, description="a sensor silent for so long no longer holds windows back"
+    )
+
+
+class ModelSettings(_Section):
+    """What is learnt."""
+
+    seed: int = Field(0, ge=0)
+    graph: bool = Field(True, description="GraphSAGE's prior of first meetings")
+    undirected: bool = Field(False, description="the flows' direction is not known")
+    max_keys: int = Field(
+        10_000_000, gt=0, description="keys of history remembered a level; the longest unseen leave first"
+    )
+    max_hosts: int = Field(200_000, gt=0, description="hosts the graph's memory holds")
+    threads: int = Field(2, gt=0, description="threads for training and scoring")
+
+
+class AlarmSettings(_Section):
+    """What a person is shown."""
+
+    budget: float = Field(
+        10.0, gt=0, description="false findings a day per 100 hosts that you accept (at least one a day)"
+    )
+    block: Duration = Field(900 * SECOND, description="calibration counts hosts in blocks of this length")
+    time_scale: float = Field(1.0, ge=1, description="how much faster than life the network runs (the lab: 60)")
+    internal: Names = Field((), description="networks that are ours; default: private and link-local addresses")
+
+
+class MetricsSettings(_Section):
+    """Prometheus."""
+
+    enabled: bool = True
+    address: str = "127.0.0.1"
+    port: int = Field(9436, gt=0, lt=65_536, description="HTTP port of /metrics")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, with its default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT, env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=False
+    )
+    sensor: SensorSettings = SensorSettings()
+    windows: WindowSettings = WindowSettings()
+    model: ModelSettings = ModelSettings()
+    alarms: AlarmSettings = AlarmSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags and file are merged by `load`; here the environment is put between them."""
+        return (init_settings,)
+
+    @property
+    def lateness_ns(self) -> int:
+        """How long after its end a window may still receive records, nanoseconds."""
+        if self.windows.lateness is not None:
+            return self.windows.lateness
+        return self.sensor.active_timeout + self.sensor.sweep_interval + self.sensor.poll_interval
+
+    def to_toml(self) -> str:
+        """The whole configuration as a TOML file that `load` reads back."""
+        lines = []
+        for section, values in self.model_dump(mode="json").items():
+            lines.append(f"[{section}]")
+            lines += [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else str(value)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as e:
+        raise ConfigurationError(f"cannot read the configuration file {path}: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigurationError(f"{path} is not valid TOML: {e}") from e
+
+
+def _read_environment() -> dict[str, Any]:
+    for key in os.environ:
+        section = key.removeprefix(ENVIRONMENT).partition("__")[0].lower()
+        if key.startswith(ENVIRONMENT) and key not in RESERVED and section not in Settings.model_fields:
+            raise ConfigurationError(
+                f"the environment variable {key} names no configuration key; the form is {ENVIRONMENT}SECTION__KEY, "
+                "and `flowsage run --show-config` lists them"
+            )
+    try:
+        return EnvSettingsSource(Settings)()
+    except SettingsError as e:
+        raise ConfigurationError(f"the environment cannot be read as configuration: {e}") from e
+
+
+def _merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Later layers win, key by key."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            if isinstance(values, dict) and isinstance(out.get(section), dict):
+                out[section] = out[section] | values
+            else:
+                out[section] = values
+    return out
+
+
+def load(
+    path: Path | None = None,
+    flags: dict[str, dict[str, Any]] | None = None,
+    *,
+    defaults: dict[str, dict[str, Any]] | None = None,
+) -> Settings:
+    """Settings from `flags` over the environment over the file at `path` (or $FLOWSAGE_CONFIG) over `defaults`.
+
+    `defaults` is what a command prefers where nobody says otherwise (the lab's time scale). Raises ConfigurationError
+    that names the key, the value and what would be right.
+    """
+    path = path or (Path(os.environ["FLOWSAGE_CONFIG"]) if os.environ.get("FLOWSAGE_CONFIG") else None)
+    layers = [defaults or {}, _read_file(path) if path else {}, _read_environment(), flags or {}]
+    try:
+        return Settings(**_merge(*layers))
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(p) for p in first["loc"])
+        where = f" (in {path}, the environment or the flags)" if path else ""
+        if first["type"] == "extra_forbidden":
+            near = _near(key)
+            raise ConfigurationError(f"unknown configuration key {key!r}{where}{near}") from e
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"configuration key {key!r}{where}: {message}, not {first['input']!r}") from e
+
+
+def _near(key: str) -> str:
+    sections = {name: section for name, section in Settings().__dict__.items() if isinstance(section, _Section)}
+    known = [f"{name}.{field}" for name, section in sections.items() for field in type(section).model_fields]
+    best = difflib.get_close_matches(key, [*known, *sections], 1, 0.7)
+    return f"; did you mean {best[0]!r}?" if best else "; `flowsage run --show-config` lists the known ones"
