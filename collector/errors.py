@@ -32,7 +32,11 @@ class InputError(FlowsageError):
 
 
 class CaptureError(InputError):
-    """Not a capture that we read, or one that ends in the middle of a packet."""
+    """Not a capture that we read, or one that ends in the middle of a packet: `packets` were read before."""
+
+    def __init__(self, message: str, *, packets: int = 0) -> None:
+        super().__init__(message)
+        self.packets = packets
 
 
 class SchemaError(InputError):
