@@ -1,12 +1,13 @@
 """Flows in memory: the one form in which graph and models see them.
 
-Hosts are names of any kind (addresses, MAC addresses, labels). Within a batch they are dense indices into a `HostTable`;
+Hosts are names of any kind (addresses, MAC addresses, labels). Within a batch they are indices into a `HostTable`;
 across batches they are 64-bit hashes of their names, which need no dictionary that grows for ever, mean the same in
 every process and after every restart, and collide among ten million keys with probability 3e-6.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numba
@@ -16,14 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flowsage.collector.errors import SchemaError
+from flowsage.graph import columns
+from flowsage.graph.columns import UNKNOWN, Bool, Int64
 
-Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
-Bool = npt.NDArray[np.bool_]
-
-UNKNOWN = -1
-"""Value of a count, port or protocol that the source of the flows does not know."""
 
 EPHEMERAL = 32_768
 """Lowest port that counts as a client's own choice (DETECTION: service)."""
@@ -31,6 +29,13 @@ EPHEMERAL = 32_768
 FAILED_STATES = ("S0", "REJ", "RSTOS0", "RSTRH", "SH")
 """Zeek conn_state values of a connection that was never established."""
 
+HALF_OPEN_STATES = ("S0", "SH")
+"""Those of them in which the responder never said anything."""
+
+LATEST_NS = 1 << 62
+"""Times beyond this, either way, are not times: windows could not be counted in 64 bits."""
+
+TCP = 6
 SERVICE_BITS = 20
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 
@@ -44,6 +49,30 @@ class HostTable:
 
     def __len__(self) -> int:
         return len(self.hash)
+
+
+@dataclass(frozen=True)
+class FlowDetail:
+    """What only some sources know of a flow, as columns [n]; `UNKNOWN` where it is not known."""
+
+    half_open: Bool
+    """A TCP opening that nothing answered: SYN without SYN-ACK and without refusal."""
+    handshake_ns: Int64
+    """First SYN to first SYN-ACK."""
+    gap_sum_ns: Int64
+    """Sum of the gaps between the initiator's packets, in ns, and of their squares, in us^2."""
+    gap_sumsq_us2: Int64
+    length_sumsq: Int64
+    """Sum of squared lengths of the initiator's packets, in bytes^2."""
+    ttl: Int32
+    """Largest TTL or hop limit of the initiator's packets."""
+
+    def take(self, index: npt.NDArray[np.intp] | slice) -> FlowDetail:
+        """The rows at `index`."""
+        return FlowDetail(**{name: getattr(self, name)[index] for name in _DETAIL})
+
+
+_DETAIL = tuple(f.name for f in fields(FlowDetail))
 
 
 @dataclass(frozen=True)
@@ -78,13 +107,19 @@ class FlowBatch:
     row: Int64
     """Position in the input, for those who want scores in its order."""
 
+    detail: FlowDetail | None = None
+    """None: no flow of the batch has any."""
+
     def __len__(self) -> int:
         return len(self.start_ns)
 
     def take(self, index: npt.NDArray[np.intp] | slice) -> FlowBatch:
-        """The flows at `index`, with the same host table."""
-        columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "hosts"}
-        return FlowBatch(hosts=self.hosts, **columns)
+        """The flows at `index`, with the same host table; views where `index` is a slice."""
+        values = {name: getattr(self, name)[index] for name in _COLUMNS}
+        return FlowBatch(hosts=self.hosts, detail=self.detail and self.detail.take(index), **values)
+
+
+_COLUMNS = tuple(f.name for f in fields(FlowBatch) if f.name not in ("hosts", "detail"))
 
 
 def service_code(proto: Int32, src_port: Int32, dst_port: Int32) -> Int32:
@@ -144,40 +179,45 @@ def hash_names(names: pa.Array) -> UInt64:
     return out
 
 
-def _names(table: pa.Table, column: str) -> pa.ChunkedArray:
-    if column not in table.column_names:
-        raise SchemaError(f"the flows have no column {column!r}; a flow file needs start_ns, src_ip and dst_ip")
-    values = table.column(column)
-    value_type = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-    if not (pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
-        raise SchemaError(f"column {column!r} is {values.type}, expected strings")
-    if values.null_count:
-        raise SchemaError(f"column {column!r} has {values.null_count} empty values; every flow needs both hosts")
-    return (
-        values.cast(pa.dictionary(pa.int32(), pa.string()))
-        if pa.types.is_dictionary(values.type)
-        else (values.cast(pa.string()).dictionary_encode())
+_OWN_DETAIL = ("handshake_ns", "iat_sum_ns_fwd", "iat_sumsq_us2_fwd", "length_sumsq_fwd", "ttl_max_fwd")
+"""Columns of our own records (collector/records.py) that `FlowDetail` reads, in its order."""
+
+
+def _detail(table: pa.Table, half_open: Bool | None) -> FlowDetail | None:
+    if half_open is None and not any(c in table.column_names for c in _OWN_DETAIL):
+        return None
+    handshake, gap_sum, gap_sumsq, length_sumsq, ttl = (columns.numbers(table, c) for c in _OWN_DETAIL)
+    return FlowDetail(
+        half_open=half_open if half_open is not None else np.zeros(len(table), np.bool_),
+        handshake_ns=handshake,
+        gap_sum_ns=gap_sum,
+        gap_sumsq_us2=gap_sumsq,
+        length_sumsq=length_sumsq,
+        ttl=ttl.astype(np.int32),
     )
 
 
-def _numbers(table: pa.Table, column: str, dtype: type[np.generic]) -> npt.NDArray[np.int64]:
-    if column not in table.column_names:
-        return np.full(len(table), UNKNOWN, dtype)
-    values = table.column(column)
-    if pa.types.is_null(values.type):
-        return np.full(len(table), UNKNOWN, dtype)
-    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-        raise SchemaError(f"column {column!r} is {values.type}, expected integers")
-    if values.null_count:
-        values = pc.fill_null(values, UNKNOWN)
-    return values.to_numpy().astype(dtype, copy=False)
+def _tcp(table: pa.Table, proto: Int32) -> tuple[Bool, Bool | None]:
+    """Failed and half open [n]: from Zeek's state, else from the flags of our own records.
+
+    By flags: a SYN never met by a SYN-ACK has failed, and is half open unless refused by RST.
+    """
+    failed, half_open = np.zeros(len(table), np.bool_), None
+    if "tcp_flags_fwd" in table.column_names and "tcp_flags_rev" in table.column_names:
+        fwd, rev = columns.numbers(table, "tcp_flags_fwd"), columns.numbers(table, "tcp_flags_rev")
+        failed = (proto == TCP) & (fwd > 0) & (fwd & SYN != 0) & (rev >= 0) & (rev & SYN == 0)
+        half_open = failed & (rev & RST == 0)
+    if "state" in table.column_names and not pa.types.is_null(table.column("state").type):
+        state = table.column("state").cast(pa.string())
+        known = columns.bools(pc.is_valid(state))
+        failed = np.where(known, columns.bools(pc.is_in(state, value_set=pa.array(FAILED_STATES))), failed)
+        silent = columns.bools(pc.is_in(state, value_set=pa.array(HALF_OPEN_STATES)))
+        half_open = silent if half_open is None else np.where(known, silent, half_open)
+    return failed, half_open
 
 
-def _tcp_failed(table: pa.Table, proto: Int32) -> Bool:
-    """From the flags of our own records: a SYN never met by SYN-ACK, or refused."""
-    fwd, rev = (_numbers(table, c, np.int32) for c in ("tcp_flags_fwd", "tcp_flags_rev"))
-    opened = (proto == 6) & (fwd > 0) & (fwd & SYN != 0) & (rev >= 0)
-    return np.asarray(opened & ((rev & SYN) == 0), np.bool_)
+def _ports(table: pa.Table, column: str, high: int) -> Int32:
+    return columns.numbers(table, column, high=high).astype(np.int32)
 
 
 def from_table(table: pa.Table | pa.RecordBatch, *, undirected: bool = False, first_row: int = 0) -> FlowBatch:
@@ -189,7 +229,7 @@ def from_table(table: pa.Table | pa.RecordBatch, *, undirected: bool = False, fi
     if isinstance(table, pa.RecordBatch):
         table = pa.Table.from_batches([table])
     n = len(table)
-    src, dst = _names(table, "src_ip"), _names(table, "dst_ip")
+    src, dst = columns.names(table, "src_ip"), columns.names(table, "dst_ip")
     both = pa.chunked_array([*src.chunks, *dst.chunks], type=src.type).unify_dictionaries()
     names = both.chunk(0).dictionary if both.num_chunks else pa.array([], pa.string())
     index = (
@@ -201,19 +241,17 @@ def from_table(table: pa.Table | pa.RecordBatch, *, undirected: bool = False, fi
         raise SchemaError("the flows have no column 'start_ns'; a flow file needs start_ns, src_ip and dst_ip")
     if table.column("start_ns").null_count:
         raise SchemaError("column 'start_ns' has empty values; every flow needs its start")
-    start = _numbers(table, "start_ns", np.int64)
-    end = _numbers(table, "end_ns", np.int64)
-    proto, src_port, dst_port = (_numbers(table, c, np.int32) for c in ("proto", "src_port", "dst_port"))
-    packets_fwd, packets_rev = (_numbers(table, c, np.int64) for c in ("packets_fwd", "packets_rev"))
-    bytes_fwd, bytes_rev = (_numbers(table, c, np.int64) for c in ("bytes_fwd", "bytes_rev"))
-    failed = _tcp_failed(table, proto)
+    start, end = columns.numbers(table, "start_ns", low=None), columns.numbers(table, "end_ns")
+    if n and (start.min() < -LATEST_NS or start.max() > LATEST_NS):
+        raise SchemaError("column 'start_ns' has times beyond the years 1823 to 2116; it is in nanoseconds since 1970")
+    proto = _ports(table, "proto", 255)
+    src_port, dst_port = _ports(table, "src_port", 65_535), _ports(table, "dst_port", 65_535)
+    packets_fwd, packets_rev = columns.numbers(table, "packets_fwd"), columns.numbers(table, "packets_rev")
+    bytes_fwd, bytes_rev = columns.numbers(table, "bytes_fwd"), columns.numbers(table, "bytes_rev")
+    failed, half_open = _tcp(table, proto)
     told = (packets_rev >= 0) | (bytes_rev >= 0)
-    if "state" in table.column_names and not pa.types.is_null(table.column("state").type):
-        state = table.column("state").cast(pa.string())
-        known = pc.is_valid(state).to_numpy().astype(np.bool_)
-        refused = pc.is_in(state, value_set=pa.array(FAILED_STATES)).to_numpy().astype(np.bool_)
-        failed = np.where(known, refused, failed)
-        told = told | known
+    if "state" in table.column_names:
+        told |= columns.bools(pc.is_valid(table.column("state")))
     forward, reverse = (
         np.where(packets_rev >= 0, packets_fwd, bytes_fwd),
         np.where(packets_rev >= 0, packets_rev, bytes_rev),
@@ -239,4 +277,74 @@ def from_table(table: pa.Table | pa.RecordBatch, *, undirected: bool = False, fi
         answered=answered,
         told=told,
         row=np.arange(first_row, first_row + n, dtype=np.int64),
+        detail=_detail(table, half_open),
     )
+
+
+@numba.njit(cache=True, nogil=True)
+def _unify(hashes: UInt64, src: Int32, dst: Int32, table: Int32, seen: Int32, first: Int32) -> int:
+    """Replace host indices into `hashes` by dense ones, in order of appearance; returns how many there are.
+
+    hashes u64[H]: those of all tables, one after the other; table i32[2^k] of -1, more than twice as many as hosts;
+    seen i32[H] of -1; first i32[H] takes the position in `hashes` of each dense index.
+    """
+    count = 0
+    mask = np.uint64(len(table) - 1)
+    for i in range(len(src)):
+        for side in range(2):
+            old = src[i] if side == 0 else dst[i]
+            new = seen[old]
+            if new < 0:
+                h = hashes[old]
+                slot = (h ^ (h >> np.uint64(32))) & mask
+                while table[slot] >= 0 and hashes[first[table[slot]]] != h:
+                    slot = (slot + np.uint64(1)) & mask
+                new = table[slot]
+                if new < 0:
+                    new = np.int32(count)
+                    first[count] = old
+                    table[slot] = new
+                    count += 1
+                seen[old] = new
+            if side == 0:
+                src[i] = new
+            else:
+                dst[i] = new
+    return count
+
+
+def merge(batches: Sequence[FlowBatch]) -> FlowBatch:
+    """Flows of all batches, one after the other, with one table of the hosts that occur, in order of appearance.
+
+    One batch is returned as it is. Batches that share a host table (the same object) share it here too.
+    """
+    batches = [b for b in batches if len(b)] or list(batches[:1])
+    if not batches:
+        raise ValueError("nothing to merge; give at least one batch of flows")
+    if len(batches) == 1:
+        return batches[0]
+    values = {name: np.concatenate([getattr(b, name) for b in batches]) for name in _COLUMNS}
+    detail = None
+    if any(b.detail is not None for b in batches):
+        parts = [b.detail or _no_detail(len(b)) for b in batches]
+        detail = FlowDetail(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in _DETAIL})
+    tables = {id(b.hosts): b.hosts for b in batches}
+    if len(tables) == 1:
+        return FlowBatch(hosts=batches[0].hosts, detail=detail, **values)
+    sizes = [len(t) for t in tables.values()]
+    start = dict(zip(tables, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+    shift = np.repeat(np.array([start[id(b.hosts)] for b in batches], np.int32), [len(b) for b in batches])
+    values["src"] += shift
+    values["dst"] += shift
+    hashes = np.concatenate([t.hash for t in tables.values()])
+    most = min(len(hashes), 2 * len(shift))
+    table = np.full(1 << (2 * most).bit_length(), -1, np.int32)
+    seen, first = np.full(len(hashes), -1, np.int32), np.empty(len(hashes), np.int32)
+    count = _unify(hashes, values["src"], values["dst"], table, seen, first)
+    names = pa.concat_arrays([t.names for t in tables.values()]).take(pa.array(first[:count]))
+    return FlowBatch(hosts=HostTable(names, hashes[first[:count]]), detail=detail, **values)
+
+
+def _no_detail(n: int) -> FlowDetail:
+    unknown = np.full(n, UNKNOWN, np.int64)
+    return FlowDetail(np.zeros(n, np.bool_), unknown, unknown, unknown, unknown, np.full(n, UNKNOWN, np.int32))
