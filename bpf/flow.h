@@ -74,7 +74,89 @@ struct flow_record {
 	__u8 reserved[32]; /* zero: makes the slot a power of two */
 };
 
+/* Rows of the per-CPU counter array, and their names in collector/loader.py (a test compares). At any quiet moment
+ *   SEEN = ACCOUNTED + NON_IP + MALFORMED + TRUNCATED + LOST_*   and   ACCOUNTED = EMITTED + what the table holds.
+ */
+enum flow_counter {
+	FLOW_SEEN_PACKETS,
+	FLOW_SEEN_BYTES,
+	FLOW_ACCOUNTED_PACKETS, /* in the table or in a record */
+	FLOW_ACCOUNTED_BYTES,
+	FLOW_NON_IP_PACKETS,
+	FLOW_NON_IP_BYTES,
+	FLOW_MALFORMED_PACKETS,
+	FLOW_MALFORMED_BYTES,
+	FLOW_TRUNCATED_PACKETS,
+	FLOW_TRUNCATED_BYTES,
+	FLOW_LOST_TABLE_PACKETS, /* neither a place in the table nor one in the ring */
+	FLOW_LOST_TABLE_BYTES,
+	FLOW_LOST_CLOSED_PACKETS, /* the flow was being closed by another CPU, and the ring was full */
+	FLOW_LOST_CLOSED_BYTES,
+	FLOW_EMITTED_RECORDS,
+	FLOW_EMITTED_PACKETS,
+	FLOW_EMITTED_BYTES,
+	FLOW_FRAGMENT_NONFIRST, /* packets, accounted all the same */
+	FLOW_CREATED, /* entries made in the table */
+	FLOW_TABLE_FULL, /* packets that became a record of their own: no place in the table */
+	FLOW_CLOSED_RACE, /* packets that became a record of their own: their flow was being closed */
+	FLOW_RETRIES, /* look-ups repeated because an entry closed, or changed hands, underneath */
+	FLOW_MISATTRIBUTED, /* packets left in another flow's record: its entry was reused and closed underneath */
+	FLOW_RING_FULL, /* reservations that failed: the flow stays in the table, or see LOST_* */
+	FLOW_SEQUENCE, /* records numbered */
+	FLOW_COUNTERS,
+};
+
+struct flow_counters {
+	__u64 value[FLOW_COUNTERS];
+};
+
+/* Set before load, read-only for the program (so that the verifier removes what is switched off). A timeout of 0 never
+ * fires.
+ */
+struct flow_settings {
+	__u64 idle_ns;
+	__u64 active_ns;
+	__u64 half_open_ns; /* idle timeout of a TCP flow that has shown nothing but SYN */
+	__u64 linger_ns; /* how long an ended flow waits for stragglers */
+	__u32 wake_bytes; /* wake the reader when this much waits in the ring */
+	__u8 mirror; /* drop after accounting: the interface carries copies */
+	__u8 external_clock; /* time, and where it says so length, are those in struct flow_input */
+	__u8 tcp_ends; /* FIN, RST and a new SYN end a flow */
+	__u8 pad;
+};
+
+/* Written by user space before each packet of a capture. BPF_PROG_TEST_RUN carries frames of 14 to some 73,000 bytes only:
+ * a longer one is run by its beginning (all headers fit), a shorter one filled up, with its own length said here.
+ */
+struct flow_input {
+	__u64 clock_ns;
+	__u64 length; /* of the frame where FLOW_INPUT_LENGTH is set, otherwise the frame is as long as it is */
+};
+
+#define FLOW_INPUT_LENGTH (1ULL << 63)
+
+enum flow_walk_mode {
+	FLOW_WALK_EXPIRE, /* emit what has ended or timed out */
+	FLOW_WALK_FLUSH, /* emit everything */
+	FLOW_WALK_COUNT, /* emit nothing, add up what is there */
+};
+
+/* Context of the syscall program flow_expire; zeros in, sums out. */
+struct flow_walk {
+	__u64 now_ns; /* 0: the program's own clock */
+	__u32 mode;
+	__u32 pad;
+	__u64 emitted; /* records */
+	__u64 removed; /* entries deleted */
+	__u64 failed; /* entries that should have been emitted: ring full, or busy on another CPU */
+	__u64 flows; /* entries seen that stay */
+	__u64 packets; /* in those */
+	__u64 bytes;
+};
+
 _Static_assert(sizeof(struct flow_key) == 40, "flow_key");
+_Static_assert(sizeof(struct flow_settings) == 40, "flow_settings");
+_Static_assert(sizeof(struct flow_walk) == 64, "flow_walk");
 _Static_assert(sizeof(struct flow_direction) == 64, "flow_direction");
 _Static_assert(sizeof(struct flow_record) == 248, "flow_record");
 

@@ -1,0 +1,301 @@
+"""The part of libbpf.so.1 that we use, through ctypes, with its errors turned into our tree.
+
+libbpf returns −errno or NULL and prints why; here its words are kept per thread and end up in the exception:
+PrivilegeError for EPERM, KernelSupportError where the kernel has no BTF, ProgramError otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import ctypes.util
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flowsage.collector.errors import KernelSupportError, PrivilegeError, ProgramError
+
+BTF = Path("/sys/kernel/btf/vmlinux")
+"""Where a kernel built with CONFIG_DEBUG_INFO_BTF describes itself."""
+
+_BPF_XDP = 37  # enum bpf_attach_type
+_LAST_WORDS = 6
+_said = threading.local()
+
+
+class XdpQuery(ct.Structure):
+    """`struct bpf_xdp_query_opts` up to attach_mode."""
+
+    _fields_ = (
+        ("sz", ct.c_size_t),
+        ("prog_id", ct.c_uint32),
+        ("drv_prog_id", ct.c_uint32),
+        ("hw_prog_id", ct.c_uint32),
+        ("skb_prog_id", ct.c_uint32),
+        ("attach_mode", ct.c_uint8),
+    )
+
+
+class ProgramInfo(ct.Structure):
+    """`struct bpf_prog_info` up to the run statistics (linux/bpf.h)."""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("tag", ct.c_uint8 * 8),
+        ("jited_prog_len", ct.c_uint32),
+        ("xlated_prog_len", ct.c_uint32),
+        ("jited_prog_insns", ct.c_uint64),
+        ("xlated_prog_insns", ct.c_uint64),
+        ("load_time", ct.c_uint64),
+        ("created_by_uid", ct.c_uint32),
+        ("nr_map_ids", ct.c_uint32),
+        ("map_ids", ct.c_uint64),
+        ("name", ct.c_char * 16),
+    )
+
+
+class LinkOptions(ct.Structure):
+    """`struct bpf_link_create_opts` up to flags."""
+
+    _fields_ = (
+        ("sz", ct.c_size_t),
+        ("flags", ct.c_uint32),
+        ("iter_info", ct.c_void_p),
+        ("iter_info_len", ct.c_uint32),
+        ("target_btf_id", ct.c_uint32),
+        ("rest", ct.c_uint64 * 8),
+    )
+
+
+_PRINT = ct.CFUNCTYPE(ct.c_int, ct.c_int, ct.c_char_p, ct.c_void_p)
+_libc = ct.CDLL(None, use_errno=True)
+
+
+def _listen(level: int, pattern: bytes, arguments: int) -> int:
+    """libbpf's log: warnings are kept for the exception, the rest is dropped."""
+    if level == 0:
+        buffer = ct.create_string_buffer(1 << 20)
+        _libc.vsnprintf(buffer, ct.c_size_t(len(buffer)), pattern, ct.c_void_p(arguments))
+        _words().append(buffer.value.decode(errors="replace"))
+    return 0
+
+
+def _words() -> list[str]:
+    if not hasattr(_said, "words"):
+        _said.words = []
+    words: list[str] = _said.words
+    return words
+
+
+_listener = _PRINT(_listen)
+
+
+_POINTER, _FD, _TEXT = ct.c_void_p, ct.c_int, ct.c_char_p
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "bpf_object__open_file": (_POINTER, (_TEXT, _POINTER)),
+    "bpf_object__load": (ct.c_int, (_POINTER,)),
+    "bpf_object__close": (None, (_POINTER,)),
+    "bpf_object__next_program": (_POINTER, (_POINTER, _POINTER)),
+    "bpf_object__next_map": (_POINTER, (_POINTER, _POINTER)),
+    "bpf_program__name": (_TEXT, (_POINTER,)),
+    "bpf_program__fd": (_FD, (_POINTER,)),
+    "bpf_program__type": (ct.c_int, (_POINTER,)),
+    "bpf_map__name": (_TEXT, (_POINTER,)),
+    "bpf_map__fd": (_FD, (_POINTER,)),
+    "bpf_map__set_max_entries": (ct.c_int, (_POINTER, ct.c_uint32)),
+    "bpf_map__max_entries": (ct.c_uint32, (_POINTER,)),
+    "bpf_map__initial_value": (_POINTER, (_POINTER, ct.POINTER(ct.c_size_t))),
+    "bpf_map_lookup_elem": (ct.c_int, (_FD, _POINTER, _POINTER)),
+    "bpf_link_create": (_FD, (_FD, ct.c_int, ct.c_int, _POINTER)),
+    "bpf_link_detach": (ct.c_int, (_FD,)),
+    "bpf_xdp_detach": (ct.c_int, (ct.c_int, ct.c_uint32, _POINTER)),
+    "bpf_xdp_query": (ct.c_int, (ct.c_int, ct.c_int, ct.POINTER(XdpQuery))),
+    "bpf_obj_get_info_by_fd": (ct.c_int, (_FD, _POINTER, ct.POINTER(ct.c_uint32))),
+    "bpf_prog_get_fd_by_id": (_FD, (ct.c_uint32,)),
+    "libbpf_num_possible_cpus": (ct.c_int, ()),
+    "libbpf_set_print": (_POINTER, (_PRINT,)),
+    "libbpf_version_string": (_TEXT, ()),
+}
+
+
+@cache
+def library() -> Any:
+    """libbpf.so.1, loaded once, its log silenced. Raises KernelSupportError where it is not installed."""
+    try:
+        lib = ct.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as error:
+        raise KernelSupportError("libbpf.so.1 is not installed; install the package libbpf1") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    lib.libbpf_set_print(_listener)
+    return lib
+
+
+def failure(code: int, what: str) -> ProgramError | PrivilegeError:
+    """The exception for `what` having failed with errno `code`, with the last words of libbpf and the verifier."""
+    words = [line.strip() for line in "".join(_words()).splitlines()]
+    words = [line.removeprefix("libbpf: ") for line in words if line and "LOG --" not in line]
+    _words().clear()
+    if code in {errno.EPERM, errno.EACCES} and not _may_load():
+        return PrivilegeError(f"{what}: not permitted; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")
+    # The verifier ends with its statistics: what it objects to comes just before.
+    told = [line for line in words if not line.startswith(("processed ", "verification time", "stack depth"))]
+    reason = os.strerror(code) + ("" if not told else ": " + "; ".join(told[-_LAST_WORDS:]))
+    if not BTF.exists():
+        return KernelSupportError(
+            f"{what}: {reason}. This kernel has no BTF ({BTF} is missing): boot one built with CONFIG_DEBUG_INFO_BTF=y"
+        )
+    return ProgramError(f"{what}: {reason}")
+
+
+def _may_load() -> bool:
+    """Whether this process has CAP_BPF (39) or CAP_SYS_ADMIN (21), as /proc tells: EACCES may be the verifier."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            held = int(line.split()[1], 16)
+            return bool(held & (1 << 39 | 1 << 21))
+    return True
+
+
+def check(result: int, what: str) -> int:
+    """`result` of a libbpf call, or the exception for it."""
+    if result < 0:
+        raise failure(-result, what)
+    return result
+
+
+def possible_cpus() -> int:
+    """How many values a per-CPU map has for one key."""
+    return check(library().libbpf_num_possible_cpus(), "counting CPUs")
+
+
+class Object:
+    """One compiled object: opened, adjusted, loaded; closing it frees programs and maps nobody else holds."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ProgramError(f"no program object at {path}; build it with `make bpf`")
+        self.path = path
+        self._lib = library()
+        _words().clear()
+        pointer = self._lib.bpf_object__open_file(os.fsencode(path), None)
+        if not pointer:
+            raise failure(ct.get_errno(), f"{path} is not a program object that libbpf can open")
+        self._object: int | None = pointer
+        self.programs = {self._lib.bpf_program__name(p).decode(): p for p in self._each("program")}
+        self.maps = {self._lib.bpf_map__name(m).decode(): m for m in self._each("map")}
+
+    def _each(self, kind: str) -> Iterator[int]:
+        following, at = getattr(self._lib, f"bpf_object__next_{kind}"), None
+        while at := following(self._object, at):
+            yield at
+
+    def _map(self, name: str) -> int:
+        try:
+            return self.maps[name]
+        except KeyError:
+            raise ProgramError(f"{self.path} has no map {name}: it was built for another version") from None
+
+    def resize(self, name: str, entries: int) -> None:
+        """Before load: the number of entries (a ring: of bytes)."""
+        check(self._lib.bpf_map__set_max_entries(self._map(name), entries), f"sizing {name} of {self.path}")
+
+    def data(self, name: str, kind: type[ct.Structure] | type[ct._SimpleCData[int]]) -> Any:
+        """A global's memory, as `kind`, as it will be when the program is loaded: settings are written here before."""
+        size = ct.c_size_t()
+        address = self._lib.bpf_map__initial_value(self._map(name), ct.byref(size))
+        if not address or size.value < ct.sizeof(kind):
+            raise ProgramError(
+                f"{self.path}: {name} has {size.value} bytes, not {ct.sizeof(kind)}: built for another version"
+            )
+        return kind.from_address(address)
+
+    def load(self) -> None:
+        """Hands everything to the kernel and its verifier."""
+        _words().clear()
+        check(self._lib.bpf_object__load(self._object), f"the kernel refused {self.path}")
+
+    def first_program(self, kind: int) -> str:
+        """Name of the first program of that type (enum bpf_prog_type)."""
+        for name, program in self.programs.items():
+            if self._lib.bpf_program__type(program) == kind:
+                return str(name)
+        raise ProgramError(f"{self.path} has no program of type {kind}; it has {', '.join(self.programs) or 'none'}")
+
+    def program_fd(self, name: str) -> int:
+        """Descriptor of a loaded program."""
+        try:
+            return check(self._lib.bpf_program__fd(self.programs[name]), f"program {name} of {self.path}")
+        except KeyError:
+            raise ProgramError(f"{self.path} has no program {name}: it was built for another version") from None
+
+    def map_fd(self, name: str) -> int:
+        """Descriptor of a created map."""
+        return check(self._lib.bpf_map__fd(self._map(name)), f"map {name} of {self.path}")
+
+    def max_entries(self, name: str) -> int:
+        """What the map was made for: entries, or bytes of a ring."""
+        return int(self._lib.bpf_map__max_entries(self._map(name)))
+
+    def close(self) -> None:
+        """Gives everything back. Idempotent."""
+        if self._object is not None:
+            self._lib.bpf_object__close(self._object)
+            self._object = None
+
+
+def read_pairs(fd: int, entries: int) -> list[tuple[int, int]]:
+    """A per-CPU array of two 64-bit counters a row: each row summed over CPUs."""
+    rows, value = [], (ct.c_uint64 * (2 * possible_cpus()))()
+    for index in range(entries):
+        key = ct.c_uint32(index)
+        check(library().bpf_map_lookup_elem(fd, ct.byref(key), ct.byref(value)), "reading counters")
+        rows.append((sum(value[0::2]), sum(value[1::2])))
+    return rows
+
+
+def program_info(fd: int) -> ProgramInfo:
+    """What the kernel says of a program."""
+    info, size = ProgramInfo(), ct.c_uint32(ct.sizeof(ProgramInfo))
+    check(library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "asking for a program's description")
+    return info
+
+
+def program_exists(program_id: int) -> bool:
+    """Whether the kernel still knows a program by this id."""
+    fd: int = library().bpf_prog_get_fd_by_id(program_id)
+    if fd == -errno.ENOENT:
+        return False
+    os.close(check(fd, f"looking for program {program_id}"))
+    return True
+
+
+def xdp_query(ifindex: int) -> XdpQuery:
+    """Which programs the kernel runs on an interface, by mode (ids, 0: none)."""
+    query = XdpQuery(sz=ct.sizeof(XdpQuery))
+    check(library().bpf_xdp_query(ifindex, 0, ct.byref(query)), f"asking for the XDP program of interface {ifindex}")
+    return query
+
+
+def xdp_detach(ifindex: int, flags: int) -> int:
+    """Detaches what netlink attached, in the mode of `flags`. Returns 0 or −errno (a link's program stays)."""
+    _words().clear()
+    return int(library().bpf_xdp_detach(ifindex, flags, None))
+
+
+def link_detach(fd: int) -> None:
+    """Detaches a link at once, whoever else holds it. Nothing is wrong where its interface is gone."""
+    library().bpf_link_detach(fd)
+
+
+def xdp_link(program_fd: int, ifindex: int, flags: int) -> int:
+    """Attaches by a link, which lasts as long as its descriptor. Returns that, or −errno."""
+    options = LinkOptions(sz=ct.sizeof(LinkOptions), flags=flags)
+    _words().clear()
+    fd: int = library().bpf_link_create(program_fd, ifindex, _BPF_XDP, ct.byref(options))
+    return fd

@@ -1,0 +1,311 @@
+"""The flow program: loaded with typed settings, attached to interfaces, asked for its counters, walked, drained.
+
+`FlowProgram` is the one owner of the kernel objects of a sensor. Several interfaces share one program, one flow table
+and one ring.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+import flowsage.bpf
+from flowsage.collector import libbpf
+from flowsage.collector.errors import ConfigurationError, InterfaceError, ProgramError
+from flowsage.collector.ring import MappedMap, Records, Ring
+from flowsage.collector.testrun import TestRunner, call_program, measure
+from flowsage.collector.xdp import Attachment, EBPFAttachMode, attach
+
+OBJECT = Path(flowsage.bpf.__file__).resolve().parent / "flow.bpf.o"
+"""Where the object that belongs to this code lies."""
+
+COUNTERS = (
+    "seen_packets",
+    "seen_bytes",
+    "accounted_packets",
+    "accounted_bytes",
+    "non_ip_packets",
+    "non_ip_bytes",
+    "malformed_packets",
+    "malformed_bytes",
+    "truncated_packets",
+    "truncated_bytes",
+    "lost_table_packets",
+    "lost_table_bytes",
+    "lost_closed_packets",
+    "lost_closed_bytes",
+    "emitted_records",
+    "emitted_packets",
+    "emitted_bytes",
+    "fragment_nonfirst",
+    "created",
+    "table_full",
+    "closed_race",
+    "retries",
+    "misattributed",
+    "ring_full",
+    "sequence",
+)
+"""enum flow_counter of bpf/flow.h, in order, in lower case and without its prefix."""
+
+_SECOND = 1_000_000_000
+_PAGE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSettings:
+    """What the program is loaded with. Times in ns, 0: never.
+
+    `external_clock`: time is what `FlowProgram.clock[0]` holds (captures, tests), and a frame's length `clock[1]` where
+    its top bit is set; `mirror`: packets are dropped after they
+    were counted; `tcp_ends`: FIN, RST and a new SYN end a flow; `wake_bytes`: wake the reader when so much waits.
+    """
+
+    table_entries: int = 262_144
+    ring_bytes: int = 16 << 20
+    idle_ns: int = 15 * _SECOND
+    active_ns: int = 60 * _SECOND
+    half_open_ns: int = 5 * _SECOND
+    linger_ns: int = 1 * _SECOND
+    wake_bytes: int | None = None
+    mirror: bool = False
+    external_clock: bool = False
+    tcp_ends: bool = True
+
+    def __post_init__(self) -> None:
+        if self.table_entries < 1:
+            raise ConfigurationError(f"a flow table of {self.table_entries} entries: it needs at least 1")
+        if self.ring_bytes < _PAGE or self.ring_bytes & (self.ring_bytes - 1):
+            raise ConfigurationError(
+                f"a ring of {self.ring_bytes} bytes: it must be a power of two of at least {_PAGE}"
+            )
+        for name in ("idle_ns", "active_ns", "half_open_ns", "linger_ns"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be 0 (never) or more")
+
+    def without_timeouts(self) -> FlowSettings:
+        """The same, with one record a 5-tuple, ended by nothing but a flush."""
+        return replace(self, idle_ns=0, active_ns=0, half_open_ns=0, tcp_ends=False)
+
+
+class _Settings(ct.Structure):
+    """struct flow_settings."""
+
+    _fields_ = (
+        ("idle_ns", ct.c_uint64),
+        ("active_ns", ct.c_uint64),
+        ("half_open_ns", ct.c_uint64),
+        ("linger_ns", ct.c_uint64),
+        ("wake_bytes", ct.c_uint32),
+        ("mirror", ct.c_uint8),
+        ("external_clock", ct.c_uint8),
+        ("tcp_ends", ct.c_uint8),
+        ("pad", ct.c_uint8),
+    )
+
+
+class _Walk(ct.Structure):
+    """struct flow_walk."""
+
+    _fields_ = (
+        ("now_ns", ct.c_uint64),
+        ("mode", ct.c_uint32),
+        ("pad", ct.c_uint32),
+        ("emitted", ct.c_uint64),
+        ("removed", ct.c_uint64),
+        ("failed", ct.c_uint64),
+        ("flows", ct.c_uint64),
+        ("packets", ct.c_uint64),
+        ("bytes", ct.c_uint64),
+    )
+
+
+_EXPIRE, _FLUSH, _COUNT = range(3)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a walk over the table did: records `emitted`, entries `removed`, entries that should have been emitted but
+    `failed` (the ring is full: drain and walk again), entries seen that stay (`kept`)."""
+
+    emitted: int
+    removed: int
+    failed: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class TableTotals:
+    """What the table holds: exact when no packet arrives meanwhile."""
+
+    flows: int
+    packets: int
+    bytes: int
+
+
+class FlowProgram:
+    """The flow program in the kernel. Use as a context manager: leaves nothing behind.
+
+    Loading raises PrivilegeError, KernelSupportError or ProgramError (see collector/libbpf.py).
+    """
+
+    def __init__(self, settings: FlowSettings | None = None, *, path: Path = OBJECT) -> None:
+        self.settings = settings or FlowSettings()
+        self.path = path
+        self.attachments: dict[str, Attachment] = {}
+        self._object: libbpf.Object | None = None
+        self._ring: Ring | None = None
+
+    # ---- life ----
+
+    def load(self) -> FlowProgram:
+        """Hands program and maps to the kernel. Returns itself."""
+        if self._object is not None:
+            return self
+        s, loaded = self.settings, libbpf.Object(self.path)
+        try:
+            loaded.resize("flows", s.table_entries)
+            loaded.resize("records", s.ring_bytes)
+            constants: _Settings = loaded.data(".rodata.settings", _Settings)
+            constants.idle_ns, constants.active_ns = s.idle_ns, s.active_ns
+            constants.half_open_ns, constants.linger_ns = s.half_open_ns, s.linger_ns
+            constants.wake_bytes = s.ring_bytes // 8 if s.wake_bytes is None else s.wake_bytes
+            constants.mirror, constants.external_clock, constants.tcp_ends = s.mirror, s.external_clock, s.tcp_ends
+            loaded.load()
+            self.xdp_fd = loaded.program_fd("flow_xdp")
+            self._expire_fd = loaded.program_fd("flow_expire")
+            self._pass_fd = loaded.program_fd("pass_xdp")
+            self._counters_fd = loaded.map_fd("counters")
+            self.ring_fd = loaded.map_fd("records")
+            self.program_id = int(libbpf.program_info(self.xdp_fd).id)
+            self._input = MappedMap(loaded.map_fd(".data.input"), 16)
+            self.clock = self._input.words
+            self._cpus = libbpf.possible_cpus()
+            self._ring = Ring(self.ring_fd, s.ring_bytes)
+        except BaseException:
+            loaded.close()  # and with it every descriptor; what was mapped goes with the process
+            raise
+        self._object = loaded
+        return self
+
+    @property
+    def ring(self) -> Ring:
+        """The reader of the program's ring."""
+        if self._ring is None:
+            raise ProgramError("the flow program is not loaded; call load() first")
+        return self._ring
+
+    def close(self) -> None:
+        """Detaches everywhere and frees everything; the flows in the table go with it, so flush and drain first."""
+        try:
+            for interface in list(self.attachments):
+                self.detach(interface)
+        finally:
+            if self._ring is not None:
+                self._ring.close()
+                self._ring = None
+            if self._object is not None:
+                self._input.close()
+                self._object.close()
+                self._object = None
+
+    def __enter__(self) -> FlowProgram:
+        return self.load()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # ---- interfaces ----
+
+    def attach(
+        self, interface: str, mode: EBPFAttachMode = EBPFAttachMode.AUTO, *, replace: bool = False
+    ) -> Attachment:
+        """Watches `interface` of this thread's network namespace. Raises InterfaceError, PrivilegeError."""
+        self.load()
+        if interface in self.attachments:
+            raise InterfaceError(f"{interface} is watched already")
+        attachment = self.attachments[interface] = attach(self.xdp_fd, interface, mode, replace=replace)
+        return attachment
+
+    def detach(self, interface: str) -> None:
+        """Watches it no more."""
+        if interface not in self.attachments:
+            raise InterfaceError(f"{interface} is not watched")
+        self.attachments.pop(interface).detach()
+
+    # ---- what it knows ----
+
+    def counters(self) -> dict[str, int]:
+        """Every counter of COUNTERS, summed over CPUs. seen = accounted + non_ip + malformed + truncated + lost."""
+        values = np.zeros((self._cpus, len(COUNTERS)), np.uint64)
+        key = ct.c_uint32(0)
+        libbpf.check(
+            libbpf.library().bpf_map_lookup_elem(self._fd(self._counters_fd), ct.byref(key), values.ctypes.data),
+            "reading the program's counters",
+        )
+        return dict(zip(COUNTERS, values.sum(axis=0, dtype=np.uint64).tolist(), strict=True))
+
+    def table(self) -> TableTotals:
+        """Flows, packets and bytes that the table holds now."""
+        walk = self._walk(_COUNT, 0)
+        return TableTotals(walk.flows, walk.packets, walk.bytes)
+
+    # ---- records ----
+
+    def expire(self, now_ns: int = 0) -> Walk:
+        """Emits what has ended or timed out at `now_ns` of the program's clock (0: what its clock says)."""
+        walk = self._walk(_EXPIRE, now_ns)
+        return Walk(walk.emitted, walk.removed, walk.failed, walk.flows)
+
+    def flush(self) -> Walk:
+        """Emits everything that fits the ring; `failed` says whether to drain and flush again (see `flush_all`)."""
+        walk = self._walk(_FLUSH, 0)
+        return Walk(walk.emitted, walk.removed, walk.failed, walk.flows)
+
+    def flush_all(self) -> Iterator[Records]:
+        """Flushes and drains until the table and the ring are empty, in batches."""
+        while True:
+            failed = self.flush().failed
+            records = self.ring.drain()
+            if len(records):
+                yield records
+            if not failed and not len(records):
+                return
+
+    # ---- without an interface ----
+
+    def feeder(self) -> TestRunner:
+        """Packets without an interface; one for each thread that feeds."""
+        self.load()
+        return TestRunner(self)
+
+    def feed(self, frames: Sequence[bytes | memoryview], times_ns: Sequence[int] | None = None) -> int:
+        """Runs frames through the program once, here and now. See TestRunner."""
+        return self.feeder().feed(frames, times_ns)
+
+    def measure(self, frame: bytes, repeat: int = 1_000_000) -> tuple[int, int]:
+        """ns a packet for `frame`: of this program, and of a bare XDP_PASS."""
+        return measure(self._fd(self.xdp_fd), frame, repeat), measure(self._pass_fd, frame, repeat)
+
+    def _fd(self, fd: int) -> int:
+        if self._object is None:
+            raise ProgramError("the flow program is not loaded; call load() first")
+        return fd
+
+    def _walk(self, mode: int, now_ns: int) -> _Walk:
+        walk = _Walk(mode=mode, now_ns=now_ns)
+        call_program(self._fd(getattr(self, "_expire_fd", -1)), walk)
+        return walk
+
+
+@contextmanager
+def flow_program(settings: FlowSettings | None = None) -> Iterator[FlowProgram]:
+    """A loaded program for the length of a block."""
+    with FlowProgram(settings) as program:
+        yield program

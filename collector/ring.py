@@ -1,0 +1,148 @@
+"""The BPF ring buffer as a NumPy structured array.
+
+Every record is one slot of 256 bytes: the kernel's 8-byte header and `RECORD_DTYPE`. The ring's size is a multiple of
+256, and the kernel maps its data twice in a row, so what waits in it is always one slice. A drain is that slice, a look
+at the busy bits and one copy. (Layout and protocol: Documentation/bpf/ringbuf.rst, kernel/bpf/ringbuf.c.)
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import mmap
+import select
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.collector.errors import ProgramError
+from flowsage.collector.records import RECORD_DTYPE
+
+SLOT_DTYPE = np.dtype([("length", "<u4"), ("page", "<u4"), ("record", RECORD_DTYPE)])
+"""One slot: `length` is that of the record, with BUSY and DISCARDED on top."""
+SLOT_BYTES = SLOT_DTYPE.itemsize
+BUSY, DISCARDED = 1 << 31, 1 << 30
+_WORDS = RECORD_DTYPE.itemsize // 8
+_PAGE = mmap.PAGESIZE
+
+Records = npt.NDArray[np.void]
+
+_libc = ct.CDLL(None, use_errno=True)
+_libc.mmap.restype = ct.c_void_p
+_libc.mmap.argtypes = (ct.c_void_p, ct.c_size_t, ct.c_int, ct.c_int, ct.c_int, ct.c_long)
+_libc.munmap.argtypes = (ct.c_void_p, ct.c_size_t)
+
+
+def _map(fd: int, size: int, protection: int, offset: int) -> int:
+    # Python's mmap checks the length against fstat, which a map's descriptor does not have.
+    address: int | None = _libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, offset)
+    if address in {None, ct.c_void_p(-1).value}:
+        raise ProgramError(f"the ring buffer cannot be mapped: errno {ct.get_errno()}")
+    assert address is not None
+    return address
+
+
+def _view(address: int, size: int) -> npt.NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ct.c_uint8 * size).from_address(address))
+
+
+class MappedMap:
+    """The values of an array map (a program's globals) as 64-bit words that both sides see at once."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self._size = -(-nbytes // _PAGE) * _PAGE
+        self._address = _map(fd, self._size, mmap.PROT_READ | mmap.PROT_WRITE, 0)
+        self.words = memoryview((ct.c_uint8 * nbytes).from_address(self._address)).cast("B").cast("Q")
+
+    def close(self) -> None:
+        """Unmaps: `words` is gone."""
+        self.words.release()
+        _libc.munmap(self._address, self._size)
+
+
+class Ring:
+    """The reader of a ring. `fd`: its map descriptor, `size`: its bytes (max_entries). One reader at a time.
+
+    Raises ProgramError where it cannot be mapped. `waiting` is how many slots are there, `drained` how many records
+    this reader has taken.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        if size % _PAGE or size & (size - 1):
+            raise ProgramError(f"a ring of {size} bytes: not a power of two of pages ({_PAGE} bytes)")
+        self.size = size
+        self.drained = 0
+        self._fd = fd
+        self._consumer_map = _map(fd, _PAGE, mmap.PROT_READ | mmap.PROT_WRITE, 0)
+        self._producer_map = _map(fd, _PAGE + 2 * size, mmap.PROT_READ, _PAGE)
+        self._consumer = _view(self._consumer_map, 8).view("<u8")
+        self._producer = _view(self._producer_map, 8).view("<u8")
+        data = _view(self._producer_map + _PAGE, 2 * size)
+        self._lengths = data.view("<u4")[:: SLOT_BYTES // 4]
+        self._words = data.view("<u8").reshape(-1, SLOT_BYTES // 8)[:, 1:]
+        self._epoll = select.epoll()
+        self._epoll.register(fd, select.EPOLLIN)
+
+    @property
+    def waiting(self) -> int:
+        """Slots that the kernel has reserved and we have not taken."""
+        return (int(self._producer[0]) - int(self._consumer[0])) // SLOT_BYTES
+
+    def drain(self, max_records: int | None = None, out: Records | None = None) -> Records:
+        """The records that wait, oldest first, as a copy [n] of RECORD_DTYPE; their slots are the kernel's again.
+
+        At most `max_records`, or as many as `out` (RECORD_DTYPE, contiguous) holds: then what comes back is its
+        beginning. Stops before a record that is being written. Never blocks.
+        """
+        taken = int(self._consumer[0])
+        count = (int(self._producer[0]) - taken) // SLOT_BYTES
+        if max_records is not None:
+            count = min(count, max_records)
+        if out is not None:
+            count = min(count, len(out))
+        start = taken % self.size // SLOT_BYTES
+        lengths = self._lengths[start : start + count]
+        kept = None
+        if count and int(lengths.max()) >= DISCARDED:
+            busy = lengths >= BUSY
+            if busy.any():
+                count = int(busy.argmax())
+                lengths = lengths[:count]
+            kept = np.flatnonzero(lengths < DISCARDED)
+        words = self._words[start : start + count]
+        records = self._copy(words if kept is None or len(kept) == count else words[kept], out)
+        # After the copy: from here on the kernel may write into the slots.
+        self._consumer[0] = taken + count * SLOT_BYTES
+        self.drained += len(records)
+        return records
+
+    @staticmethod
+    def _copy(words: npt.NDArray[np.uint64], out: Records | None) -> Records:
+        if out is None:
+            out = np.empty(len(words), RECORD_DTYPE)
+        part = out[: len(words)]
+        np.copyto(part.view("<u8").reshape(-1, _WORDS), words)
+        return part
+
+    def wait(self, timeout: float) -> bool:
+        """Sleeps until the kernel wakes the reader (a threshold is passed) or `timeout` seconds went by.
+
+        True: something waits. The kernel wakes readers only past the program's threshold, so drain in any case.
+        """
+        self._epoll.poll(timeout, 1)
+        return self.waiting > 0
+
+    def close(self) -> None:
+        """Unmaps. What was drained stays, being copies. Idempotent."""
+        if self._consumer_map:
+            self._epoll.close()
+            del self._consumer, self._producer, self._lengths, self._words
+            _libc.munmap(self._consumer_map, _PAGE)
+            _libc.munmap(self._producer_map, _PAGE + 2 * self.size)
+            self._consumer_map = 0
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
