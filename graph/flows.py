@@ -20,6 +20,12 @@ from flowsage.collector.errors import SchemaError
 from flowsage.graph import columns
 from flowsage.graph.columns import UNKNOWN, Bool, Int64
 
+__all__ = [
+    "ACK", "EPHEMERAL", "FAILED_STATES", "FIN", "HALF_OPEN_STATES", "LATEST_NS", "RST", "SERVICE_BITS", "SYN", "TCP",
+    "UNKNOWN", "Bool", "FlowBatch", "FlowDetail", "HostTable", "Int32", "Int64", "UInt64",
+    "from_table", "hash_names", "merge", "service_code", "service_name",
+]  # fmt: skip
+
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
-from flowsage.graph.flows import UNKNOWN, FlowBatch, HostTable, hash_names, service_code
+from flowsage.graph.flows import UNKNOWN, FlowBatch, HostTable, from_table, hash_names, service_code
 
 PORTS = np.array([443, 80, 53, 22, 445, 3389, 8080, 25, 123, 5432], np.int32)
 START_NS = 1_700_000_040_000_000_000
@@ -72,14 +74,13 @@ def host_names(hosts: int) -> list[str]:
     return [f"{'10' if i % 8 else '81'}.{i >> 16 & 255}.{i >> 8 & 255}.{i & 255}" for i in range(hosts)]
 
 
-def handmade(rows: list[dict[str, object]]) -> FlowBatch:
+def handmade(rows: list[dict[str, Any]]) -> FlowBatch:
     """Flows from readable rows: src, dst, start_ns, and any column of a flow file; what is left out is unknown."""
-    from flowsage.graph.flows import from_table  # noqa: PLC0415
-
-    columns: dict[str, list[object]] = {}
-    keys = ["src", "dst", *sorted({k for r in rows for k in r} - {"src", "dst"})]
-    for k in keys:
-        columns[{"src": "src_ip", "dst": "dst_ip"}.get(k, k)] = [r.get(k) for r in rows]
+    columns = {}
+    for name in ("src", "dst", *sorted({"start_ns", *(k for r in rows for k in r)} - {"src", "dst"})):
+        kind = pa.string() if name in ("src", "dst", "state") else pa.int64()
+        column = {"src": "src_ip", "dst": "dst_ip"}.get(name, name)
+        columns[column] = pa.array([r.get(name) for r in rows], kind)
     return from_table(pa.table(columns))
 
 

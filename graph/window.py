@@ -1,0 +1,280 @@
+"""Records as they arrive to windows that are complete: event time, watermarks, lateness, and steps of arrival.
+
+*Event time* of a flow is start_ns; its window is start_ns // window_ns. A sensor's *watermark* is how far its records
+have come: what it says itself, or the latest start that it has sent. The watermark of all is the least of those of the
+sensors that are heard of; one that is silent for `idle_timeout_ns` of the injected clock is left out until it speaks
+again. A window closes when the watermark is `lateness_ns` past its end; who arrives after that is *late*.
+
+What a sensor says about the future is believed with care. With a clock, no watermark counts beyond it, and a record
+more than `max_ahead_ns` ahead of it is refused and counted. And a step of more than `max_ahead_ns` needs `_WITNESSES`
+records in a row, so that a gap in a file is passed over and a single wrong time is not.
+
+*Panes* are steps of arrival for what must react before windows close: every record, late ones too, comes out of
+`take_panes` exactly once, numbered by the watermark that was reached when it arrived (without lateness).
+All this is judged record by record: it does not matter how a sensor's records were cut into batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from flowsage.graph.flows import FlowBatch, Int64, merge
+
+_WITNESSES = 16
+_NEVER = -(1 << 62)
+_ALWAYS = 1 << 62
+
+
+@dataclass
+class WindowCounters:
+    """Records since the start. At any moment: received = closed + late + future + open."""
+
+    received: int = 0
+    closed: int = 0
+    """Handed over in windows."""
+    late: int = 0
+    """Their window had closed when they came. They still come out in panes."""
+    future: int = 0
+    """Refused: further ahead of the clock than any sensor may be."""
+    behind: int = 0
+    """Behind the watermark, in a window still open: used, and counted only here."""
+    jumps: int = 0
+    """Records held back from the watermark for being far ahead of their sensor's others."""
+    idled: int = 0
+    """Times that a sensor was left out of the watermark for its silence."""
+
+
+@dataclass
+class _Sensor:
+    watermark: int = _NEVER
+    heard: int = 0
+    idle: bool = False
+    witnesses: int = 0
+    """Records in a row that were far ahead of the watermark, and the earliest of them."""
+    witnessed: int = _ALWAYS
+
+
+class WindowBuffer:
+    """Holds flows until their windows close.
+
+    `clock`, if given, tells Unix time in ns. Not safe to be called from two threads at once.
+    """
+
+    def __init__(
+        self,
+        window_ns: int,
+        pane_ns: int,
+        lateness_ns: int = 0,
+        *,
+        clock: Callable[[], int] | None = None,
+        idle_timeout_ns: int = 30_000_000_000,
+        max_ahead_ns: int = 3_600_000_000_000,
+    ) -> None:
+        """Raises ValueError for a length of time that is not positive (lateness may be 0)."""
+        if window_ns <= 0 or pane_ns <= 0 or lateness_ns < 0 or idle_timeout_ns <= 0 or max_ahead_ns <= 0:
+            raise ValueError("windows, panes, idle time and bounds must be positive, and lateness not negative")
+        self.window_ns, self.pane_ns, self.lateness_ns = window_ns, pane_ns, lateness_ns
+        self.counters = WindowCounters()
+        self._clock, self._idle_timeout_ns, self._max_ahead_ns = clock, idle_timeout_ns, max_ahead_ns
+        self._sensors: dict[str, _Sensor] = {}
+        self._watermark = _NEVER
+        self._closed_until = _NEVER  # windows before this index have closed
+        self._open: list[tuple[int, int, FlowBatch]] = []  # earliest and latest start, flows
+        self._panes: list[tuple[Int64, FlowBatch]] = []  # pane of each flow, flows
+        self._pane_from = _NEVER  # earliest pane not handed over
+        self._arrived = 0
+
+    @property
+    def watermark_ns(self) -> int | None:
+        """How far all sensors have come; None before the first record. Never goes backwards."""
+        return None if self._watermark == _NEVER else self._watermark
+
+    @property
+    def oldest_open_ns(self) -> int | None:
+        """Earliest start among the flows held, None where none are."""
+        return min((first for first, _, _ in self._open), default=None)
+
+    def open_flows(self) -> int:
+        """Number of flows that wait for their window to close."""
+        return sum(len(b) for _, _, b in self._open)
+
+    def add(self, batch: FlowBatch, sensor: str = "", watermark_ns: int | None = None) -> None:
+        """Take flows of one sensor, in any order of time.
+
+        `watermark_ns`: the sensor's own word that after this batch comes nothing that began earlier, for sensors that
+        send flows when they end; None: the latest start seen. An empty batch with a watermark keeps a quiet sensor from
+        being waited for.
+        """
+        now = self._clock() if self._clock else None
+        state = self._sensors.setdefault(sensor, _Sensor())
+        state.idle, state.heard = False, now or 0
+        self._idle(now)
+        self.counters.received += len(batch)
+        if now is not None and len(batch) and int(batch.start_ns.max()) > now + self._max_ahead_ns:
+            near = batch.start_ns <= now + self._max_ahead_ns
+            self.counters.future += len(batch) - int(near.sum())
+            batch = batch.take(np.flatnonzero(near))
+        before = self._watermark
+        reached = self._advance(state, batch, watermark_ns, now)
+        if len(batch):
+            self._panes.append((reached // self.pane_ns, batch))
+            self._hold(batch, reached if watermark_ns is None else np.full(len(batch), before, np.int64))
+        self._rise()
+
+    def _rise(self) -> None:
+        self._watermark = max(self._watermark, min((s.watermark for s in self._listening()), default=_NEVER))
+
+    def _listening(self) -> list[_Sensor]:
+        return [s for s in self._sensors.values() if not s.idle]
+
+    def _idle(self, now: int | None) -> None:
+        if now is None:
+            return
+        for state in self._sensors.values():
+            if not state.idle and now - state.heard > self._idle_timeout_ns:
+                state.idle = True
+                self.counters.idled += 1
+
+    def _advance(self, state: _Sensor, batch: FlowBatch, watermark_ns: int | None, now: int | None) -> Int64:
+        """Move the sensor's watermark along the batch; returns what that of all was at each flow [n]."""
+        others = min((s.watermark for s in self._listening() if s is not state), default=_ALWAYS)
+        reached = np.empty(len(batch), np.int64)
+        if watermark_ns is not None:
+            state.watermark = max(state.watermark, watermark_ns if now is None else min(watermark_ns, now))
+            reached[:] = state.watermark
+        elif len(batch):
+            if state.watermark == _NEVER:
+                state.watermark = int(batch.start_ns[:_WITNESSES].min())
+            state.watermark, state.witnesses, state.witnessed, jumps = _walk(
+                batch.start_ns, _ALWAYS if now is None else now, self._max_ahead_ns,
+                state.watermark, state.witnesses, state.witnessed, reached,
+            )  # fmt: skip
+            self.counters.jumps += jumps
+        return np.maximum(np.minimum(reached, others), self._watermark)
+
+    def _hold(self, batch: FlowBatch, before: Int64) -> None:
+        """Keep the flows whose window was open when they came; `before` [n] is the watermark that they met."""
+        start = batch.start_ns
+        first, last = int(start.min()), int(start.max())
+        if first < int(before[-1]):
+            self.counters.behind += int((start < before).sum())
+            until = np.maximum((before - self.lateness_ns) // self.window_ns, self._closed_until)
+            alive = start // self.window_ns >= until
+            late = len(batch) - int(alive.sum())
+            self.counters.late += late
+            self.counters.behind -= late
+            if late == len(batch):
+                return
+            if late:
+                batch = batch.take(np.flatnonzero(alive))
+                first, last = int(batch.start_ns.min()), int(batch.start_ns.max())
+        self._open.append((first, last, batch))
+
+    def close_ready(self) -> FlowBatch | None:
+        """All flows of the windows that closed since the last call, in order of (start_ns, arrival), or None."""
+        self._idle(self._clock() if self._clock else None)
+        self._rise()
+        if self._watermark == _NEVER:
+            return None
+        return self._close((self._watermark - self.lateness_ns) // self.window_ns)
+
+    def flush(self) -> FlowBatch | None:
+        """Close all windows, as at the end of the input: all flows that are held, in order, or None."""
+        latest = max((last for _, last, _ in self._open), default=None)
+        if latest is None:
+            return None
+        self._watermark = max(self._watermark, (latest // self.window_ns + 1) * self.window_ns + self.lateness_ns)
+        return self._close(latest // self.window_ns + 1)
+
+    def _close(self, until: int) -> FlowBatch | None:
+        if until <= self._closed_until:
+            return None
+        self._closed_until = until
+        bound = until * self.window_ns
+        ready: list[FlowBatch] = []
+        held: list[tuple[int, int, FlowBatch]] = []
+        for first, last, batch in self._open:
+            if last < bound:
+                ready.append(batch)
+            elif first >= bound:
+                held.append((first, last, batch))
+            else:
+                now, later = _split(batch, bound)
+                ready.append(now)
+                held.append((int(later.start_ns.min()), last, later))
+        self._open = held
+        if not ready:
+            return None
+        flows = in_order(merge(ready))
+        self.counters.closed += len(flows)
+        return flows
+
+    def take_panes(self, *, flush: bool = False) -> tuple[FlowBatch, Int64] | None:
+        """Flows of the panes that the watermark has left behind since the last call, and the pane of each [n].
+
+        Ordered by (pane, start_ns, arrival), as `build.contacts_by` wants them; pane p lasts from p * pane_ns on the
+        watermark's time. `flush` gives the pane that is still filling too. None where there are none.
+        """
+        if not self._panes:
+            return None
+        current = self._watermark // self.pane_ns
+        ready: list[FlowBatch] = []
+        numbers: list[Int64] = []
+        held: list[tuple[Int64, FlowBatch]] = []
+        for pane, batch in self._panes:
+            # Panes ascend within a batch, and from batch to batch.
+            cut = len(pane) if flush else int(np.searchsorted(pane, current))
+            if cut:
+                ready.append(batch.take(slice(0, cut)))
+                numbers.append(pane[:cut])
+            if cut < len(pane):
+                held.append((pane[cut:], batch.take(slice(cut, None))))
+        self._panes = held
+        if not ready:
+            return None
+        flows, of = merge(ready), np.concatenate(numbers)
+        if np.any(flows.start_ns[1:] < flows.start_ns[:-1]):
+            order = np.lexsort((flows.start_ns, of))
+            flows, of = flows.take(order), of[order]
+        return flows, of
+
+
+@numba.njit(cache=True, nogil=True)
+def _walk(
+    start: Int64, latest: int, step: int, mark: int, witnesses: int, witnessed: int, reached: Int64
+) -> tuple[int, int, int, int]:
+    """The running maximum of `start`, from `mark`, at most `latest`, with steps beyond `step` held back; see above."""
+    jumps = 0
+    for i in range(len(start)):
+        t = min(start[i], latest)
+        if t > mark + step:
+            jumps += 1
+            witnesses += 1
+            witnessed = min(witnessed, t)
+            if witnesses >= _WITNESSES:
+                mark, witnesses, witnessed = witnessed, 0, _ALWAYS
+        else:
+            witnesses, witnessed = 0, _ALWAYS
+            mark = max(mark, t)
+        reached[i] = mark
+    return mark, witnesses, witnessed, jumps
+
+
+def in_order(flows: FlowBatch) -> FlowBatch:
+    """Flows by start_ns, stably; the same object where they are already."""
+    if not np.any(flows.start_ns[1:] < flows.start_ns[:-1]):
+        return flows
+    return flows.take(np.argsort(flows.start_ns, kind="stable"))
+
+
+def _split(batch: FlowBatch, bound: int) -> tuple[FlowBatch, FlowBatch]:
+    """Flows that start before `bound`, and the others; views where the batch is in order."""
+    early = batch.start_ns < bound
+    cut = int(early.sum())
+    if early[:cut].all():
+        return batch.take(slice(0, cut)), batch.take(slice(cut, None))
+    return batch.take(np.flatnonzero(early)), batch.take(np.flatnonzero(~early))

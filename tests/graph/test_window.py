@@ -1,0 +1,350 @@
+"""Windows by event time: what closes when, what is late, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowsage.graph.flows import FlowBatch, merge
+from flowsage.graph.window import _WITNESSES, WindowBuffer
+from tests.graph.generate import START_NS, handmade, power_law
+
+W = 100
+
+
+def flows(*starts: int, rows: int = 0) -> FlowBatch:
+    """Flows that start then; destination ports number them from `rows`, so that they can be told apart."""
+    return handmade(
+        [{"src": f"s{t % 7}", "dst": f"d{i % 3}", "start_ns": t, "dst_port": rows + i} for i, t in enumerate(starts)]
+    )
+
+
+def starts(batch: FlowBatch | None) -> list[int]:
+    return [] if batch is None else batch.start_ns.tolist()
+
+
+def hosts(batch: FlowBatch) -> list[tuple[str, str]]:
+    names = batch.hosts.names.to_pylist()
+    return [(names[s], names[d]) for s, d in zip(batch.src.tolist(), batch.dst.tolist(), strict=True)]
+
+
+def balanced(buffer: WindowBuffer) -> bool:
+    c = buffer.counters
+    return c.received == c.closed + c.late + c.future + buffer.open_flows()
+
+
+def test_a_window_closes_when_the_watermark_is_lateness_past_its_end() -> None:
+    buffer = WindowBuffer(W, 10, lateness_ns=30)
+    buffer.add(flows(10, 120, 90))
+    assert buffer.close_ready() is None
+    buffer.add(flows(129))
+    assert buffer.close_ready() is None
+    buffer.add(flows(50, 130))
+    assert starts(buffer.close_ready()) == [10, 50, 90]
+    assert buffer.open_flows() == 3
+    assert buffer.close_ready() is None
+    assert starts(buffer.flush()) == [120, 129, 130]
+    assert buffer.flush() is None
+    assert balanced(buffer)
+
+
+def test_flows_come_by_start_and_within_it_by_arrival() -> None:
+    buffer = WindowBuffer(W, 10)
+    buffer.add(flows(30, 10, 30, rows=0))
+    buffer.add(flows(30, 10, 20, rows=3))
+    closed = buffer.flush()
+    assert closed is not None
+    assert closed.dst_port.tolist() == [1, 4, 5, 0, 2, 3]
+
+
+def test_hosts_of_many_batches_share_one_table_of_those_that_occur() -> None:
+    buffer = WindowBuffer(W, 10)
+    buffer.add(handmade([{"src": "a", "dst": "b", "start_ns": 1}]))
+    buffer.add(handmade([{"src": "b", "dst": "c", "start_ns": 2}]))
+    buffer.add(handmade([{"src": "c", "dst": "a", "start_ns": 3}, {"src": "z", "dst": "y", "start_ns": 250}]))
+    closed = buffer.close_ready()
+    assert closed is not None
+    assert hosts(closed) == [("a", "b"), ("b", "c"), ("c", "a")]
+    assert closed.hosts.names.to_pylist() == ["a", "b", "c"]
+
+
+def test_a_late_record_is_used_while_its_window_is_open_and_counted_after() -> None:
+    buffer = WindowBuffer(W, 10, lateness_ns=50)
+    buffer.add(flows(140))
+    buffer.add(flows(20))
+    assert (buffer.counters.behind, buffer.counters.late) == (1, 0)
+    buffer.add(flows(150))
+    assert starts(buffer.close_ready()) == [20]
+    buffer.add(flows(30, 160))
+    assert (buffer.counters.behind, buffer.counters.late) == (1, 1)
+    assert starts(buffer.flush()) == [140, 150, 160]
+    assert balanced(buffer)
+
+
+def test_the_slowest_sensor_holds_windows_open() -> None:
+    buffer = WindowBuffer(W, 10)
+    buffer.add(flows(10), "a")
+    buffer.add(flows(20), "b")
+    buffer.add(flows(500), "a")
+    assert buffer.close_ready() is None
+    buffer.add(flows(99), "b")
+    assert buffer.close_ready() is None
+    buffer.add(flows(205), "b")
+    assert starts(buffer.close_ready()) == [10, 20, 99]
+
+
+def test_an_idle_sensor_does_not_hold_windows_for_ever_and_is_waited_for_when_it_speaks_again() -> None:
+    now = [1_000]
+    buffer = WindowBuffer(W, 10, clock=lambda: now[0], idle_timeout_ns=1_000)
+    buffer.add(flows(10), "a")
+    buffer.add(flows(20), "b")
+    now[0] = 1_500
+    buffer.add(flows(250), "a")
+    assert buffer.close_ready() is None
+    now[0] = 2_001
+    assert starts(buffer.close_ready()) == [10, 20]
+    assert buffer.counters.idled == 1
+    buffer.add(flows(210, 40), "b")
+    assert buffer.counters.late == 1
+    buffer.add(flows(399), "a")
+    assert buffer.close_ready() is None
+    buffer.add(flows(300), "b")
+    assert starts(buffer.close_ready()) == [210, 250]
+    assert balanced(buffer)
+
+
+def test_a_quiet_sensor_is_not_waited_for_when_it_says_how_far_it_is() -> None:
+    buffer = WindowBuffer(W, 10)
+    buffer.add(flows(10), "a", watermark_ns=5)
+    buffer.add(flows(150), "b", watermark_ns=140)
+    assert buffer.close_ready() is None
+    buffer.add(flows(), "a", watermark_ns=100)
+    assert starts(buffer.close_ready()) == [10]
+    buffer.add(flows(120), "a", watermark_ns=190)
+    assert (buffer.counters.late, buffer.open_flows()) == (0, 2)
+
+
+def test_records_of_a_batch_are_not_late_by_the_watermark_that_comes_with_it() -> None:
+    buffer = WindowBuffer(W, 10)
+    buffer.add(flows(10, 150), watermark_ns=300)
+    assert buffer.counters.late == 0
+    assert starts(buffer.close_ready()) == [10, 150]
+    buffer.add(flows(299, 300), watermark_ns=300)
+    assert buffer.counters.late == 1
+
+
+HOUR = 3_600_000_000_000
+
+
+def test_a_sensor_an_hour_ahead_closes_nobodys_windows() -> None:
+    buffer = WindowBuffer(60_000_000_000, 10)
+    for k in range(50):
+        buffer.add(flows(k * 1_000_000_000), "right")
+        buffer.add(flows(HOUR + k * 1_000_000_000), "ahead")
+    assert buffer.close_ready() is None
+    now = [59_000_000_000]
+    buffer = WindowBuffer(60_000_000_000, 10, clock=lambda: now[0], max_ahead_ns=2 * HOUR)
+    buffer.add(flows(1, HOUR), "ahead")
+    buffer.add(flows(), "ahead", watermark_ns=5 * HOUR)
+    assert buffer.close_ready() is None
+    now[0] = 61_000_000_000
+    buffer.add(flows(5 * HOUR), "ahead", watermark_ns=5 * HOUR)
+    assert buffer.counters.future == 1
+    assert starts(buffer.close_ready()) == [1]
+    assert balanced(buffer)
+
+
+def test_a_single_wrong_time_moves_nothing_and_a_gap_is_passed_over() -> None:
+    buffer = WindowBuffer(60_000_000_000, 10_000_000_000)
+    second = 1_000_000_000
+    buffer.add(flows(*(k * second for k in range(20))))
+    buffer.add(flows(10_000 * HOUR, 20 * second))
+    assert buffer.watermark_ns == 20 * second
+    assert buffer.counters.jumps == 1
+    monday = [70 * HOUR + k * second for k in range(_WITNESSES)]
+    for t in monday[:-1]:
+        buffer.add(flows(t))
+        assert buffer.watermark_ns == 20 * second
+    buffer.add(flows(monday[-1]))
+    assert buffer.watermark_ns == monday[0]
+    assert len(starts(buffer.close_ready())) == 21
+    buffer.add(flows(monday[0] + 90 * second))
+    assert starts(buffer.close_ready()) == monday
+    assert buffer.open_flows() == 2
+    assert starts(buffer.flush())[-1] == 10_000 * HOUR
+
+
+def test_a_wrong_time_at_the_very_start_moves_nothing() -> None:
+    buffer = WindowBuffer(60_000_000_000, 10)
+    buffer.add(flows(10_000 * HOUR, 5, 7))
+    assert buffer.watermark_ns == 7
+
+
+stream = st.lists(
+    st.tuples(
+        st.lists(st.integers(-300, 900), max_size=8),
+        st.sampled_from("ab"),
+        st.one_of(st.none(), st.none(), st.integers(-300, 900)),
+        st.integers(0, 40),
+        st.booleans(),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(stream, st.integers(0, 150), st.booleans())
+def test_every_record_is_closed_late_refused_or_open_at_any_moment(
+    steps: list[tuple[Any, ...]], lateness: int, clocked: bool
+) -> None:
+    now = [0]
+    buffer = WindowBuffer(
+        W, 10, lateness, clock=(lambda: now[0]) if clocked else None, idle_timeout_ns=60, max_ahead_ns=400
+    )
+    seen: list[int] = []
+    panes: list[int] = []
+    numbers: list[int] = []
+    last_window = -(10**9)
+    given_ports: list[int] = []
+    count = 0
+    for times, sensor, watermark, tick, close in steps:
+        now[0] += tick
+        batch = flows(*times, rows=count)
+        given_ports += range(count, count + len(times))
+        count += len(times)
+        buffer.add(batch, sensor, watermark)
+        assert balanced(buffer)
+        if close:
+            closed = buffer.close_ready()
+            if closed is not None:
+                assert np.all(np.diff(closed.start_ns) >= 0)
+                assert closed.start_ns[0] // W > last_window
+                last_window = int(closed.start_ns[-1]) // W
+                seen += closed.dst_port.tolist()
+            taken = buffer.take_panes()
+            if taken is not None:
+                panes += taken[0].dst_port.tolist()
+                assert not numbers or taken[1][0] > numbers[-1]
+                numbers += taken[1].tolist()
+        assert balanced(buffer)
+    closed = buffer.flush()
+    seen += [] if closed is None else closed.dst_port.tolist()
+    assert buffer.open_flows() == 0
+    assert balanced(buffer)
+    assert len(seen) == len(set(seen)) == buffer.counters.closed
+    taken = buffer.take_panes(flush=True)
+    panes += [] if taken is None else taken[0].dst_port.tolist()
+    assert len(panes) == len(set(panes)) == count - buffer.counters.future
+    assert set(seen) <= set(panes) <= set(given_ports)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=40), st.integers(0, 150), st.randoms(use_true_random=False))
+def test_it_does_not_matter_how_records_were_cut_into_batches(
+    times: list[int], lateness: int, chance: random.Random
+) -> None:
+    def run(sizes: list[int]) -> tuple[list[int], list[int], list[int], int]:
+        buffer = WindowBuffer(W, 10, lateness)
+        whole, at, out, panes, of = flows(*times), 0, [], [], []
+        for size in sizes:
+            buffer.add(whole.take(slice(at, at + size)))
+            at += size
+            out.append(buffer.close_ready())
+            taken = buffer.take_panes()
+            if taken is not None:
+                panes += taken[0].dst_port.tolist()
+                of += taken[1].tolist()
+        out.append(buffer.flush())
+        taken = buffer.take_panes(flush=True)
+        if taken is not None:
+            panes += taken[0].dst_port.tolist()
+            of += taken[1].tolist()
+        return [p for b in out if b is not None for p in b.dst_port.tolist()], panes, of, buffer.counters.late
+
+    sizes: list[int] = []
+    while sum(sizes) < len(times):
+        sizes.append(chance.randint(1, len(times)))
+    assert run(sizes) == run([len(times)])
+
+
+def test_panes_are_steps_of_arrival() -> None:
+    buffer = WindowBuffer(W, 10, lateness_ns=1_000)
+    buffer.add(flows(0, 5, 12, 3, 15))
+    taken = buffer.take_panes()
+    assert taken is not None
+    assert (starts(taken[0]), taken[1].tolist()) == ([0, 5], [0, 0])
+    assert buffer.take_panes() is None
+    buffer.add(flows(2, 31))
+    taken = buffer.take_panes()
+    assert taken is not None
+    assert (starts(taken[0]), taken[1].tolist()) == ([2, 3, 12, 15], [1, 1, 1, 1])
+    taken = buffer.take_panes(flush=True)
+    assert taken is not None
+    assert (starts(taken[0]), taken[1].tolist()) == ([31], [3])
+
+
+def test_thousands_of_small_batches_with_hosts_of_their_own_are_put_together_right() -> None:
+    whole = power_law(20_000, 700, 3_000, windows=3, seed=5)
+    names = whole.hosts.names.to_pylist()
+    buffer, parts, order = WindowBuffer(60_000_000_000, 10_000_000_000, 10**9), [], random.Random(1)
+    for at in range(0, len(whole), 10):
+        piece = whole.take(slice(at, at + 10))
+        rows = [
+            {"src": names[s], "dst": names[d], "start_ns": int(t), "dst_port": int(p)}
+            for s, d, t, p in zip(piece.src, piece.dst, piece.start_ns, piece.dst_port, strict=True)
+        ]
+        order.shuffle(rows)
+        buffer.add(handmade(rows))
+        closed = buffer.close_ready()
+        parts += [] if closed is None else [closed]
+    closed = buffer.flush()
+    assert closed is not None
+    together = merge([*parts, closed])
+    expected = sorted(
+        zip(whole.start_ns.tolist(), hosts(whole), whole.dst_port.tolist(), strict=True),
+    )
+    assert sorted(zip(together.start_ns.tolist(), hosts(together), together.dst_port.tolist(), strict=True)) == expected
+    assert len(parts) == 2
+    assert np.all(np.diff(together.start_ns) >= 0)
+    assert len(set(together.hosts.names.to_pylist())) == len(together.hosts)
+
+
+def test_flows_in_order_are_handed_on_without_being_copied() -> None:
+    whole = power_law(1_000, 50, 200, windows=2)
+    buffer = WindowBuffer(60_000_000_000, 10)
+    buffer.add(whole)
+    closed = buffer.close_ready()
+    assert closed is not None
+    assert np.shares_memory(closed.start_ns, whole.start_ns)
+    assert closed.hosts is whole.hosts
+    assert closed.start_ns[-1] < START_NS + 60_000_000_000
+
+
+def test_lengths_that_make_no_windows_are_refused() -> None:
+    for bad in ((0, 1, 0), (1, 0, 0), (1, 1, -1)):
+        with pytest.raises(ValueError, match="positive"):
+            WindowBuffer(*bad)
+
+
+def test_merging_keeps_the_order_of_flows_and_what_only_some_know() -> None:
+    plain = handmade([{"src": "a", "dst": "b", "start_ns": 1}])
+    detailed = handmade(
+        [{"src": "b", "dst": "c", "start_ns": 2, "proto": 6, "tcp_flags_fwd": 2, "tcp_flags_rev": 0, "handshake_ns": 7}]
+    )
+    both = merge([plain, detailed, plain])
+    assert hosts(both) == [("a", "b"), ("b", "c"), ("a", "b")]
+    assert both.detail is not None
+    assert both.detail.handshake_ns.tolist() == [-1, 7, -1]
+    assert both.detail.half_open.tolist() == [False, True, False]
+    assert both.hosts.hash.tolist() == [*plain.hosts.hash.tolist(), detailed.hosts.hash.tolist()[1]]
+    assert merge([plain]) is plain
+    assert merge([plain, plain.take(slice(0, 0))]) is plain
+    assert isinstance(both.hosts.names, pa.Array)
+    with pytest.raises(ValueError, match="nothing"):
+        merge([])
