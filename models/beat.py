@@ -1,0 +1,206 @@
+"""Beats: pairs that meet at regular intervals, flow by flow in time order."""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+
+from flowsage.models.key_levels import (
+    E_GAPS,
+    E_LAST,
+    E_LLR,
+    E_M2,
+    E_MEAN,
+    E_MET,
+    E_SUM,
+    E_VISIT,
+    ES_FLOWS,
+    ES_M2,
+    ES_MEAN,
+    ES_REGULAR,
+    ES_TOP,
+    ES_Z,
+    O_REGULAR,
+    O_SOURCES,
+    SVC_PAIRS,
+    SVC_REGULAR,
+)
+from flowsage.models.keys import AHEAD, prefetch
+from flowsage.models.weights import CONSTANTS
+
+_SILENCE, _SHORTEST, _MEMORY, _CAP = (
+    CONSTANTS.silence_s,
+    CONSTANTS.shortest_gap_s,
+    CONSTANTS.beat_memory,
+    CONSTANTS.beat_cap,
+)
+_VARIANCE, _NOISE = CONSTANTS.beat_variance, CONSTANTS.beat_noise
+_ABOVE, _BELOW, _FLOOR, _TOP = (
+    CONSTANTS.regular_above,
+    CONSTANTS.irregular_below,
+    CONSTANTS.beat_floor,
+    CONSTANTS.beat_top,
+)
+_LAST = int(CONSTANTS.buckets) - 1
+
+_STUDENT = np.array(
+    [
+        math.lgamma((3 + c) / 2) - math.lgamma((2 + c) / 2) - 0.5 * math.log((2 + c) * math.pi)
+        for c in range(int(_MEMORY) + 1)
+    ]
+)
+"""ln of the Student-t density's normalising constant with 2 + c degrees of freedom."""
+
+LLR_, BEAT_, SOURCES_, REGULAR_, PAIRS_, SPREAD_ = range(6)
+"""Rows of what `beat` says a contact, as of its window's end."""
+
+
+@numba.njit(cache=True, nogil=True)
+def _gap(pair, gap):  # type: ignore[no-untyped-def]
+    """One more gap [s] between visits of `pair` f8[8].
+
+    LLR ← clip(LLR + ln(.9 p + .1 q) − ln q, 0, 200): p the Student-t predictive of ln gap (normal-inverse-gamma, prior
+    weight and shape 1, rate .02), q a Poisson process' predictive gap (Lomax), both after the earlier gaps, of which
+    50 are remembered. The first gap only teaches.
+    """
+    y = math.log(gap)
+    c = pair[E_GAPS]
+    if c > 0.0:
+        scale = math.sqrt((_VARIANCE + 0.5 * pair[E_M2]) * (c + 2.0) / ((1.0 + 0.5 * c) * (1.0 + c)))
+        nu = 2.0 + c
+        z = (y - pair[E_MEAN]) / scale
+        regular = _STUDENT[int(c)] - math.log(scale) - 0.5 * (nu + 1.0) * math.log1p(z * z / nu)
+        poisson = math.log(c) + c * math.log(pair[E_SUM]) - (c + 1.0) * math.log(pair[E_SUM] + gap) + y
+        more = math.log((1.0 - _NOISE) * math.exp(regular) + _NOISE * math.exp(poisson) + 1e-300) - poisson
+        pair[E_LLR] = min(_CAP, max(0.0, pair[E_LLR] + more))
+    c += 1.0
+    if c > _MEMORY:
+        c = _MEMORY
+        pair[E_M2] *= _MEMORY / (_MEMORY + 1.0)
+        pair[E_SUM] *= _MEMORY / (_MEMORY + 1.0)
+    off = y - pair[E_MEAN]
+    pair[E_GAPS] = c
+    pair[E_MEAN] += off / c
+    pair[E_M2] += off * (y - pair[E_MEAN])
+    pair[E_SUM] += gap
+
+
+@numba.njit(cache=True, nogil=True)
+def beat(  # type: ignore[no-untyped-def]
+    run,
+    start_ns,
+    bytes_fwd,
+    e_slot,
+    es_slot,
+    o_slot,
+    svc_slot,
+    pairs,
+    keys,
+    offered,
+    services,
+    tops,
+    llr,
+    z_out,
+    zc_out,
+    said,
+):
+    """LLR, Z and Zc of each directed flow [n·ways] (given as zeros); of each contact what holds at its window's end.
+
+    Z = min(150, max(0, LLR − 8 − 2 ln sources(o)))/10 · (1 − other regular sources of o/sources)
+    · (1 − other regular pairs of svc/(pairs + 1))/(1 + 2 sd ln(1+bytes_fwd) of es);
+    Zc = −ln((other pairs whose largest Z is at least as large + 1)/(pairs + 1)), by quarters (`tops` i64[65]: how many
+    pairs have each largest Z, and how many pairs there are). said f8[6, c]: see `LLR_` and so on.
+    """
+    ways = run.ways
+    for w in range(len(run.windows)):
+        last = run.flow_offsets[w + 1] - 1
+        for i in range(run.flow_offsets[w], last + 1):
+            later = (run.of_flow[min(i + 2 * AHEAD, last)] - run.first) * ways
+            soon = (run.of_flow[min(i + AHEAD, last)] - run.first) * ways
+            prefetch(e_slot, later)
+            prefetch(es_slot, later)
+            prefetch(pairs, e_slot[soon])
+            prefetch(keys, es_slot[soon])
+            now = start_ns[i] / 1e9
+            size = math.log1p(max(bytes_fwd[i], 0))
+            for way in range(ways):
+                v = (run.of_flow[i] - run.first) * ways + way
+                p = e_slot[v]
+                k = es_slot[v]
+                if pairs[p, E_MET] == 0.0:
+                    pairs[p, E_MET] = 1.0
+                    pairs[p, E_VISIT] = now
+                elif now - pairs[p, E_LAST] > _SILENCE:
+                    gap = now - pairs[p, E_VISIT]
+                    pairs[p, E_VISIT] = now
+                    if gap >= _SHORTEST:
+                        _gap(pairs[p], gap)
+                    else:
+                        pairs[p, E_LLR] = max(0.0, pairs[p, E_LLR] - 1.0)
+                pairs[p, E_LAST] = now
+                level = pairs[p, E_LLR]
+                n = keys[k, ES_FLOWS] + 1.0
+                o = s = 0
+                if n == 1.0 or level > _FLOOR or keys[k, ES_REGULAR] != 0.0:
+                    o = o_slot[v]
+                    s = svc_slot[v]
+                if n == 1.0:
+                    services[s, SVC_PAIRS] += 1.0
+                    offered[o, O_SOURCES] += 1.0
+                    tops[_LAST + 1] += 1
+                    tops[0] += 1
+                if level > _ABOVE and keys[k, ES_REGULAR] == 0.0:
+                    keys[k, ES_REGULAR] = 1.0
+                    services[s, SVC_REGULAR] += 1.0
+                    offered[o, O_REGULAR] += 1.0
+                elif level <= _BELOW and keys[k, ES_REGULAR] != 0.0:
+                    keys[k, ES_REGULAR] = 0.0
+                    services[s, SVC_REGULAR] -= 1.0
+                    offered[o, O_REGULAR] -= 1.0
+                keys[k, ES_FLOWS] = n
+                short = min(n, _MEMORY)
+                off = size - keys[k, ES_MEAN]
+                keys[k, ES_MEAN] += off / short
+                keys[k, ES_M2] += off * (size - keys[k, ES_MEAN])
+                if n > _MEMORY:
+                    keys[k, ES_M2] *= _MEMORY / (_MEMORY + 1.0)
+                keys[k, ES_Z] = 0.0
+                if level <= 0.0:
+                    continue
+                llr[i * ways + way] = level
+                if level <= _FLOOR:
+                    continue
+                z = min(_TOP, max(0.0, level - _FLOOR - 2.0 * math.log(offered[o, O_SOURCES]))) / 10.0
+                z *= 1.0 - (offered[o, O_REGULAR] - keys[k, ES_REGULAR]) / offered[o, O_SOURCES]
+                z *= 1.0 - (services[s, SVC_REGULAR] - keys[k, ES_REGULAR]) / (services[s, SVC_PAIRS] + 1.0)
+                z /= 1.0 + 2.0 * math.sqrt(keys[k, ES_M2] / short)
+                keys[k, ES_Z] = z
+                bucket = min(_LAST, int(4.0 * z))
+                if bucket > keys[k, ES_TOP]:
+                    tops[int(keys[k, ES_TOP])] -= 1
+                    tops[bucket] += 1
+                    keys[k, ES_TOP] = bucket
+                if z > 0.0:
+                    z_out[i * ways + way] = z
+                    others = 0
+                    for x in range(max(bucket, 1), _LAST + 1):
+                        others += tops[x]
+                    if keys[k, ES_TOP] >= bucket:
+                        others -= 1
+                    zc_out[i * ways + way] = -math.log((max(others, 0) + 1.0) / (tops[_LAST + 1] + 1.0))
+        last = run.offsets[w + 1] - 1
+        for c in range(run.offsets[w], last + 1):
+            soon = min(c + AHEAD, last) * ways
+            prefetch(pairs, e_slot[soon])
+            prefetch(keys, es_slot[soon])
+            prefetch(offered, o_slot[soon])
+            v = c * ways
+            k = es_slot[v]
+            said[LLR_, c] = pairs[e_slot[v], E_LLR]
+            said[BEAT_, c] = keys[k, ES_Z]
+            said[SOURCES_, c] = offered[o_slot[v], O_SOURCES]
+            said[REGULAR_, c] = services[svc_slot[v], SVC_REGULAR]
+            said[PAIRS_, c] = services[svc_slot[v], SVC_PAIRS]
+            said[SPREAD_, c] = math.sqrt(max(keys[k, ES_M2], 0.0) / min(max(keys[k, ES_FLOWS], 1.0), _MEMORY))

@@ -1,0 +1,324 @@
+"""Familiarity, bursts, novelty and ranks: what a window says about its keys, given the windows before it."""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+
+from flowsage.graph.flows import SERVICE_BITS
+from flowsage.models.key_levels import (
+    ES_ALL,
+    ES_ANSWERED,
+    ES_FIRST,
+    ES_KEPT,
+    O_ANSWERED,
+    O_NEW,
+    O_TOKENS,
+    S_ALL,
+    S_E,
+    S_E_NEW,
+    S_KEPT,
+    S_SS,
+    S_SS_NEW,
+    S_X,
+    SS_ALL,
+    SS_ES,
+    SS_ES_NEW,
+    SS_KEPT,
+    SS_MET,
+    SS_X,
+    SVC_ALL,
+    SVC_ROWS,
+    SVC_X,
+)
+from flowsage.models.keys import AHEAD, prefetch
+from flowsage.models.weights import CONSTANTS
+
+_THETA, _D, _POOLED = CONSTANTS.strength, CONSTANTS.discount, CONSTANTS.pooled
+_ALL, _OWN, _LAST = CONSTANTS.rank_all, CONSTANTS.rank_service, int(CONSTANTS.buckets) - 1
+_PORT = (1 << SERVICE_BITS) - 1
+
+TERMS = ("B_s", "B_ss", "K_ss", "B_svc", "F_s", "F_ss", "C_ss", "P_ss", "C_es", "C_e", "dc", "D")
+"""Rows of `terms`; the first three without the cap."""
+B_S, B_SS, K_SS, B_SVC, F_S, F_SS, C_SS, P_SS, C_ES, C_E, DC, D = range(len(TERMS))
+KNOWN, PAIR_KNOWN, SERVICE_KNOWN, SOURCE_KNOWN, FIRST = range(5)
+"""Rows of `marks`: earlier windows of es, e, ss, s; windows seen before es was first seen."""
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def active(n, seen):  # type: ignore[no-untyped-def]
+    """B = −ln((n + ½)/(E + 1)): the Beta-Bernoulli predictive that a key active in n of E windows is active."""
+    return -math.log((n + 0.5) / (seen + 1.0))
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def new_child(tokens, distinct):  # type: ignore[no-untyped-def]
+    """C of a new child = −ln((θ + d U)/(θ + N)): Pitman-Yor over N tokens of U distinct children; θ 1, d ½."""
+    return -math.log((_THETA + _D * distinct) / (_THETA + tokens))
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def known_child(n, tokens):  # type: ignore[no-untyped-def]
+    """C of a child with n > 0 of N tokens = −ln((n − d)/(θ + N))."""
+    return -math.log((n - _D) / (_THETA + tokens))
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def bucket(d):  # type: ignore[no-untyped-def]
+    """Half-nat bucket of D."""
+    return min(_LAST, int(2.0 * d))
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def meeting_rank(d, k, n, k_service, n_service):  # type: ignore[no-untyped-def]
+    """dc = −ln p: p_all = (k + 20 e^−D)/(n + 20), p = (k_svc + 10 p_all)/(n_svc + 10); k of n tokens had D in this
+    bucket or above."""
+    everywhere = (k + _ALL * math.exp(-d)) / (n + _ALL)
+    return -math.log((k_service + _OWN * everywhere) / (n_service + _OWN))
+
+
+@numba.njit(cache=True, nogil=True)
+def familiarity(  # type: ignore[no-untyped-def]
+    run, seen, rows, counts, pool, ranks, svc_ranks, terms, marks
+):
+    """Terms of each directed contact v, and the counts after each window.
+
+    rows, counts: `Rows` and `count` of the six levels. seen: windows in which anything was seen before this chunk (E of
+    its first). pool f8[3]: sum of x over all rows of s so far, and their number; services so far. ranks i64[64],
+    svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. Out: terms f8[12, v] (`TERMS`), marks
+    f8[5, c] (forward way).
+
+    With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
+    B_s, B_ss    `active`, n kept windows of s, ss
+    K_ss         `active`, n windows in which ss met an es with a kept window before it
+    B_svc        `active`, n windows of svc; 0 as long as neither protocol nor port was ever known
+    F_s, F_ss    x − (L + 3m)/(E + 3), L the key's sum of x, m mean x of the other keys (all s; ss of the same svc),
+                 this window included
+    C_ss         `new_child`/`known_child` of s's tokens (ss, window)
+    P_ss         [ss new] max(0, ln(1+u) − ln(1+U/max(W,1))), u services new to s in this window, U before in W
+                 windows of s
+    C_es         [es new] `new_child` of ss's tokens (es, window); without ports instead C_e, the same of e under s
+    D            active(answered windows of o) + `new_child` of o's answered tokens (es, window)
+    dc           [es new] `meeting_rank` of D; a (source, window) leaves one token: its largest D among answered first
+                 meetings
+    """
+    ways = run.ways
+    s_rows, svc_rows, ss_rows, e_rows, es_rows, o_rows = rows
+    s_count, svc_count, ss_count, e_count, es_count, o_count = counts
+    most = np.zeros(6, np.int64)
+    for w in range(len(run.windows)):
+        most[0] = max(most[0], s_rows.start[w + 1] - s_rows.start[w])
+        most[1] = max(most[1], svc_rows.start[w + 1] - svc_rows.start[w])
+        most[2] = max(most[2], ss_rows.start[w + 1] - ss_rows.start[w])
+        most[3] = max(most[3], e_rows.start[w + 1] - e_rows.start[w])
+        most[4] = max(most[4], es_rows.start[w + 1] - es_rows.start[w])
+        most[5] = max(most[5], o_rows.start[w + 1] - o_rows.start[w])
+    # Scratch of a window's rows. Which columns are written where is said by the loops below.
+    s_n = np.empty((most[0], 8))
+    s_t = np.empty((most[0], 4))
+    svc_n = np.empty((most[1], 2))
+    svc_t = np.empty(most[1])
+    ss_n = np.empty((most[2], 5))
+    ss_up = np.empty((most[2], 2), np.int32)
+    ss_t = np.empty((most[2], 6))
+    e_n = np.empty(most[3])
+    e_up = np.empty(most[3], np.int32)
+    es_up = np.empty((most[4], 2), np.int32)
+    es_n = np.empty((most[4], 5))
+    o_n = np.empty((most[5], 3))
+    o_t = np.empty(most[5])
+    for w in range(len(run.windows)):
+        now = seen + w
+        log_now = math.log(now + 1.0)
+        s0, svc0, ss0 = s_rows.start[w], svc_rows.start[w], ss_rows.start[w]
+        e0, es0, o0 = e_rows.start[w], es_rows.start[w], o_rows.start[w]
+        n_s, n_svc, n_ss = s_rows.start[w + 1] - s0, svc_rows.start[w + 1] - svc0, ss_rows.start[w + 1] - ss0
+        n_e, n_es, n_o = e_rows.start[w + 1] - e0, es_rows.start[w + 1] - es0, o_rows.start[w + 1] - o0
+        begin, end = run.offsets[w] * ways, run.offsets[w + 1] * ways
+        s_n[:n_s] = 0.0
+        svc_n[:n_svc] = 0.0
+        ss_n[:n_ss] = 0.0
+        es_n[:n_es] = 0.0
+        o_n[:n_o] = 0.0
+        # Flows and marks of each row; who is whose child.
+        for v in range(begin, end):
+            soon = min(v + AHEAD, end - 1)
+            prefetch(s_n, s_rows.row[soon])
+            prefetch(ss_n, ss_rows.row[soon])
+            c = v // ways
+            s, ss, es, o = s_rows.row[v], ss_rows.row[v], es_rows.row[v], o_rows.row[v]
+            s_n[s, 0] += run.flows[c]
+            ss_n[ss, 0] += run.flows[c]
+            if run.kept[c]:
+                s_n[s, 1] = 1.0
+                ss_n[ss, 1] = 1.0
+                es_n[es, 1] = 1.0
+            if run.answered[c] > 0:
+                es_n[es, 2] = 1.0
+            ss_up[ss, 0] = s
+            ss_up[ss, 1] = svc_rows.row[v]
+            e_up[e_rows.row[v]] = s
+            es_up[es, 0] = ss
+            es_up[es, 1] = o
+        # es: tokens for its parents.
+        for r in range(n_es):
+            soon = min(r + AHEAD, n_es - 1)
+            prefetch(es_count, es_rows.row_slot[es0 + soon])
+            prefetch(ss_n, es_up[soon, 0])
+            prefetch(o_n, es_up[soon, 1])
+            slot = es_rows.row_slot[es0 + r]
+            ss, o = es_up[r, 0], es_up[r, 1]
+            if es_count[slot, ES_KEPT] > 0.0:
+                ss_n[ss, 2] = 1.0
+            ss_n[ss, 3] += 1.0
+            es_n[r, 3] = es_count[slot, ES_ALL]
+            es_count[slot, ES_ALL] += 1.0
+            if es_n[r, 3] == 0.0:
+                es_n[r, 0] = 1.0
+                ss_n[ss, 4] += 1.0
+                es_count[slot, ES_FIRST] = now
+            if es_n[r, 2] > 0.0:
+                o_n[o, 0] += 1.0
+                if es_count[slot, ES_ANSWERED] == 0.0:
+                    o_n[o, 1] += 1.0
+                es_count[slot, ES_ANSWERED] += 1.0
+            es_count[slot, ES_KEPT] += es_n[r, 1]
+            es_n[r, 4] = es_count[slot, ES_FIRST]
+        for r in range(n_e):
+            prefetch(e_count, e_rows.row_slot[e0 + min(r + AHEAD, n_e - 1)])
+            s, slot = e_up[r], e_rows.row_slot[e0 + r]
+            e_n[r] = e_count[slot, 0]
+            e_count[slot, 0] += 1.0
+            s_n[s, 4] += 1.0
+            if e_n[r] == 0.0:
+                s_n[s, 5] += 1.0
+        # ss: tokens for s, flows for the pools.
+        for r in range(n_ss):
+            prefetch(ss_count, ss_rows.row_slot[ss0 + min(r + AHEAD, n_ss - 1)])
+            s, svc = ss_up[r, 0], ss_up[r, 1]
+            ss_n[r, 0] = math.log1p(ss_n[r, 0])
+            s_n[s, 2] += 1.0
+            if ss_count[ss_rows.row_slot[ss0 + r], SS_ALL] == 0.0:
+                s_n[s, 3] += 1.0
+            svc_n[svc, 0] += ss_n[r, 0]
+            svc_n[svc, 1] += 1.0
+        all_x = pool[0]
+        for r in range(n_s):
+            s_n[r, 0] = math.log1p(s_n[r, 0])
+            all_x += s_n[r, 0]
+        all_rows = pool[1] + n_s
+        # Terms of s, svc, o; their counts.
+        for r in range(n_s):
+            prefetch(s_count, s_rows.row_slot[s0 + min(r + AHEAD, n_s - 1)])
+            slot = s_rows.row_slot[s0 + r]
+            x = s_n[r, 0]
+            mean = (all_x - x) / (all_rows - 1.0) if all_rows > 1.0 else 0.0
+            s_t[r, 0] = log_now - math.log(s_count[slot, S_KEPT] + 0.5)
+            s_t[r, 1] = x - (s_count[slot, S_X] + _POOLED * mean) / (now + _POOLED)
+            s_t[r, 2] = new_child(s_count[slot, S_E], s_count[slot, S_E_NEW])
+            s_t[r, 3] = s_count[slot, S_ALL]
+            # For the children, which come after: what s was before this window.
+            s_n[r, 6] = s_count[slot, S_SS]
+            s_n[r, 7] = new_child(s_count[slot, S_SS], s_count[slot, S_SS_NEW])
+            burst = math.log1p(s_n[r, 3]) - math.log1p(s_count[slot, S_SS_NEW] / max(s_count[slot, S_ALL], 1.0))
+            s_count[slot, S_SS_NEW] += s_n[r, 3]
+            s_n[r, 3] = max(0.0, burst)
+            s_count[slot, S_ALL] += 1.0
+            s_count[slot, S_KEPT] += s_n[r, 1]
+            s_count[slot, S_X] += x
+            s_count[slot, S_SS] += s_n[r, 2]
+            s_count[slot, S_E] += s_n[r, 4]
+            s_count[slot, S_E_NEW] += s_n[r, 5]
+        pool[0] = all_x
+        pool[1] = all_rows
+        for r in range(n_svc):
+            slot = svc_rows.row_slot[svc0 + r]
+            if svc_count[slot, SVC_ALL] == 0.0:
+                pool[2] += 1.0
+            svc_t[r] = log_now - math.log(svc_count[slot, SVC_ALL] + 0.5)
+            svc_count[slot, SVC_ALL] += 1.0
+            svc_count[slot, SVC_X] += svc_n[r, 0]
+            svc_count[slot, SVC_ROWS] += svc_n[r, 1]
+        for r in range(n_o):
+            prefetch(o_count, o_rows.row_slot[o0 + min(r + AHEAD, n_o - 1)])
+            slot = o_rows.row_slot[o0 + r]
+            tokens, distinct = o_count[slot, O_TOKENS], o_count[slot, O_NEW]
+            o_t[r] = log_now - math.log(o_count[slot, O_ANSWERED] + 0.5) + new_child(tokens, distinct)
+            if o_n[r, 0] > 0.0:
+                o_count[slot, O_ANSWERED] += 1.0
+                o_count[slot, O_TOKENS] += o_n[r, 0]
+                o_count[slot, O_NEW] += o_n[r, 1]
+        # Terms of ss.
+        for r in range(n_ss):
+            prefetch(ss_count, ss_rows.row_slot[ss0 + min(r + AHEAD, n_ss - 1)])
+            slot = ss_rows.row_slot[ss0 + r]
+            s, svc = ss_up[r, 0], svc_rows.row_slot[svc0 + ss_up[r, 1]]
+            x, n = ss_n[r, 0], ss_count[slot, SS_ALL]
+            others = svc_count[svc, SVC_ROWS] - 1.0
+            mean = (svc_count[svc, SVC_X] - x) / others if others > 0.0 else 0.0
+            ss_t[r, 0] = log_now - math.log(ss_count[slot, SS_KEPT] + 0.5)
+            ss_t[r, 1] = log_now - math.log(ss_count[slot, SS_MET] + 0.5)
+            ss_t[r, 2] = x - (ss_count[slot, SS_X] + _POOLED * mean) / (now + _POOLED)
+            if n == 0.0:
+                ss_t[r, 3] = s_n[s, 7]
+                ss_t[r, 4] = s_n[s, 3]
+            else:
+                ss_t[r, 3] = known_child(n, s_n[s, 6])
+                ss_t[r, 4] = 0.0
+            ss_t[r, 5] = new_child(ss_count[slot, SS_ES], ss_count[slot, SS_ES_NEW]) if ss_n[r, 4] > 0.0 else 0.0
+            ss_n[r, 0] = n
+            ss_count[slot, SS_ALL] += 1.0
+            ss_count[slot, SS_KEPT] += ss_n[r, 1]
+            ss_count[slot, SS_MET] += ss_n[r, 2]
+            ss_count[slot, SS_X] += x
+            ss_count[slot, SS_ES] += ss_n[r, 3]
+            ss_count[slot, SS_ES_NEW] += ss_n[r, 4]
+        # Ranks of the first meetings, and the token of each source: s_n[., 4], [., 5] are its largest D and where.
+        s_n[:n_s, 4] = -1.0
+        for r in range(n_es):
+            if es_n[r, 0] == 0.0:
+                es_n[r, 1] = 0.0
+                continue
+            ss, o = es_up[r, 0], es_up[r, 1]
+            s, svc = ss_up[ss, 0], svc_rows.row_slot[svc0 + ss_up[ss, 1]]
+            d = max(0.0, o_t[o])
+            b = bucket(d)
+            es_n[r, 1] = meeting_rank(d, ranks[b], ranks[0], svc_ranks[svc, b], svc_ranks[svc, 0])
+            if es_n[r, 2] > 0.0 and d > s_n[s, 4]:
+                s_n[s, 4] = d
+                s_n[s, 5] = svc
+        for r in range(n_s):
+            if s_n[r, 4] >= 0.0:
+                svc = int(s_n[r, 5])
+                for b in range(bucket(s_n[r, 4]) + 1):
+                    ranks[b] += 1
+                    svc_ranks[svc, b] += 1
+        # Out: each directed contact gets what its keys have.
+        for v in range(begin, end):
+            soon = min(v + AHEAD, end - 1)
+            prefetch(s_t, s_rows.row[soon])
+            prefetch(ss_t, ss_rows.row[soon])
+            prefetch(o_t, o_rows.row[soon])
+            c = v // ways
+            s, svc, ss, es = s_rows.row[v], svc_rows.row[v], ss_rows.row[v], es_rows.row[v]
+            new, ports = es_n[es, 0] > 0.0, (run.service[c] & _PORT) > 0
+            terms[B_S, v] = s_t[s, 0]
+            terms[B_SS, v] = ss_t[ss, 0]
+            terms[K_SS, v] = ss_t[ss, 1]
+            terms[B_SVC, v] = svc_t[svc] if run.service[c] != 0 or pool[2] > 1.0 else 0.0
+            terms[F_S, v] = s_t[s, 1]
+            terms[F_SS, v] = ss_t[ss, 2]
+            terms[C_SS, v] = ss_t[ss, 3]
+            terms[P_SS, v] = ss_t[ss, 4]
+            terms[C_ES, v] = ss_t[ss, 5] if new and ports else 0.0
+            terms[C_E, v] = s_t[s, 2] if e_n[e_rows.row[v]] == 0.0 and not ports else 0.0
+            terms[DC, v] = es_n[es, 1] if ports else 0.0
+            terms[D, v] = o_t[o_rows.row[v]]
+            if v == c * ways:
+                marks[KNOWN, c] = es_n[es, 3]
+                marks[PAIR_KNOWN, c] = e_n[e_rows.row[v]]
+                marks[SERVICE_KNOWN, c] = ss_n[ss, 0]
+                marks[SOURCE_KNOWN, c] = s_t[s, 3]
+                marks[FIRST, c] = es_n[es, 4]

@@ -1,0 +1,275 @@
+"""History: how familiar is what a window shows, given the windows before it (DETECTION.md part 1).
+
+Counted in windows, not in flows, so that a flood teaches nothing; only what is answered earns familiarity. All memory
+is keyed by 64-bit hashes in six bounded tables (`key_levels`), read and updated in compiled code window by window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.graph.build import Contacts
+from flowsage.graph.flows import FlowBatch
+from flowsage.models.beat import beat
+from flowsage.models.familiarity import TERMS, familiarity
+from flowsage.models.history_scores import ContactTerms, Float64, HistoryScores, Outputs, Parts
+from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S
+from flowsage.models.keys import NEVER, Int32, Int64
+from flowsage.models.recall import FIELDS, recall
+from flowsage.models.scoring import contact_sums, score
+from flowsage.models.volume import volume
+from flowsage.models.weights import CONSTANTS, WEIGHTS, Weights
+
+_CHUNK = 1 << 18
+"""Contacts handled at once: bounds the memory of a long run, and changes no result."""
+_THREADED = 1 << 14
+"""Flows from which a second thread pays."""
+_MARKS, _SAID, _FIRST = slice(0, 4), slice(8, 14), 14
+"""Which of `FIELDS` come from `familiarity`, from `beat`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryConfig:
+    """How history counts. `undirected` where initiators are unknown: every flow then counts both ways.
+
+    max_keys: keys a level remembers at most; beyond it the longest unseen leave, an eighth at a time.
+    """
+
+    undirected: bool = False
+    max_keys: int = 16_000_000
+    weights: Weights = WEIGHTS
+    threads: int = 2
+
+
+class History:
+    """Memory of keys, and the scores it gives.
+
+    `score` takes closed windows in order, judges each by what was before it and learns it; how windows are cut into
+    calls changes nothing. Not safe for use from several threads at once.
+    """
+
+    def __init__(self, config: HistoryConfig | None = None) -> None:
+        self.config = config or HistoryConfig()
+        self.levels = [Level(level) for level in range(len(LEVEL_NAMES))]
+        self.windows = 0
+        """Windows learnt so far (E): those in which anything was seen."""
+        self.last_window = int(NEVER)
+        buckets = int(CONSTANTS.buckets)
+        self._pool = np.zeros(3)
+        self._ranks = np.zeros(buckets, np.int64)
+        self._tops = np.zeros(buckets + 1, np.int64)
+        self._threads: ThreadPoolExecutor | None = None
+
+    @property
+    def evicted(self) -> dict[str, int]:
+        """Keys forgotten so far, by level."""
+        return {name: level.table.evicted for name, level in zip(LEVEL_NAMES, self.levels, strict=True)}
+
+    @property
+    def keys(self) -> dict[str, int]:
+        """Keys remembered, by level."""
+        return {name: len(level.table) for name, level in zip(LEVEL_NAMES, self.levels, strict=True)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of keys."""
+        return sum(level.nbytes for level in self.levels)
+
+    def score(self, flows: FlowBatch, contacts: Contacts) -> HistoryScores:
+        """Scores of a run of closed windows, which are then learnt.
+
+        `contacts` are those of `flows`, which are in time order. Raises ValueError where a window is not later than
+        the last one learnt, or where flows and contacts do not belong together.
+        """
+        self._check(flows, contacts)
+        ways = 1 + self.config.undirected
+        out = Outputs.empty(len(contacts), len(flows), ways)
+        hosts: list[tuple[Int32, Int64, Float64]] = []
+        begin = 0
+        while begin < len(contacts.windows):
+            end = self._chunk_end(contacts.offsets, begin, ways)
+            of_c = slice(int(contacts.offsets[begin]), int(contacts.offsets[end]))
+            of_f = slice(int(contacts.flow_offsets[begin]), int(contacts.flow_offsets[end]))
+            run = _run(contacts, ways, begin, end, of_c, of_f)
+            hosts.append(self._chunk(run, flows.take(of_f), out.part(of_c, of_f, ways)))
+            self.windows += end - begin
+            self.last_window = int(contacts.windows[end - 1])
+            self._evict(out.slots[: of_c.stop])
+            begin = end
+        for name in ("D", "C_ss", "C_es", "dc"):
+            out.numbers[FIELDS.index(name)] = out.terms[TERMS.index(name), ::ways]
+        host, window, score = (np.concatenate([part[k] for part in hosts] or [_NONE]) for k in range(3))
+        capped = flows.answered & flows.told
+        return HistoryScores(
+            **_fields(out.numbers, out.slots),
+            flow_score=out.flow_score,
+            beacon_score=out.beacon_score,
+            host=host.astype(np.int32, copy=False),
+            window=window.astype(np.int64, copy=False),
+            score=score,
+            parts=Parts(ways, contacts.of_flow, capped, flows.failed, out, self.config.weights),
+        )
+
+    def _chunk(self, run: Run, flows: FlowBatch, out: Outputs) -> tuple[Int32, Int64, Float64]:
+        """Scores of the windows of `run` into `out`; host, window and score of the hosts' windows."""
+        levels = self.levels
+        rows: list[Rows] = [_NO_ROWS] * len(levels)
+
+        def assign(*which: int) -> Callable[[], None]:
+            def job() -> None:
+                for k in which:
+                    rows[k] = levels[k].assign(run)
+
+            return job
+
+        def count() -> None:
+            marks, counts = np.empty((5, len(run.src))), [level["count"] for level in levels]
+            familiarity(
+                run, self.windows, tuple(rows), tuple(counts), self._pool, self._ranks, levels[SVC]["rank"],
+                out.terms, marks,
+            )  # fmt: skip
+            out.numbers[_MARKS], out.numbers[_FIRST] = marks[:-1], marks[-1]
+            volume(run, rows[S], levels[S]["volume"], flows.bytes_rev, out.v_rev)
+
+        def beats() -> None:
+            said = np.empty((6, len(run.src)))
+            beat(
+                run, flows.start_ns, flows.bytes_fwd, rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot,
+                levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
+                out.llr, out.z, out.zc, said,
+            )  # fmt: skip
+            out.numbers[_SAID] = said
+            volume(run, rows[ES], levels[ES]["volume"], flows.bytes_fwd, out.v_fwd)
+
+        size = len(run.src) * run.ways + len(flows)
+        self._together(size, assign(ES, S, SVC), assign(E, SS, O))
+        self._together(size, beats, count)
+        out.slots[:] = rows[ES].slot[:: run.ways]
+        weights, own = _weights(self.config.weights)
+        contact_sums(run.ways, out.terms, weights, out.free, out.capped)
+        k = int(rows[S].start[-1])
+        host, window, host_score = np.empty(k, np.int32), np.empty(k, np.int64), np.empty(k)
+        score(
+            run, flows.answered, flows.told, flows.failed, rows[S], rows[E], out.free, out.capped, out.v_rev, out.v_fwd,
+            out.llr, out.z, out.zc, own, out.flow_score, out.beacon_score, host, window, host_score,
+        )  # fmt: skip
+        return host, window, host_score
+
+    def lookup(self, contacts: Contacts) -> ContactTerms:
+        """What is known of contacts now, as of the last window learnt; nothing is learnt from them."""
+        c, lv = len(contacts), self.levels
+        numbers, slots = np.empty((len(FIELDS), c)), np.empty(c, np.int32)
+        recall(
+            contacts.src, contacts.dst, contacts.service, contacts.hosts.hash, 1 + self.config.undirected, self.windows,
+            tuple(level.table.entries for level in lv), lv[S]["count"], lv[SVC]["beat"], lv[SVC]["rank"],
+            lv[SS]["count"], lv[E]["count"], lv[E]["beat"], lv[ES]["count"], lv[ES]["beat"], lv[O]["count"],
+            lv[O]["beat"], self._ranks, numbers, slots,
+        )  # fmt: skip
+        return ContactTerms(**_fields(numbers, slots))
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything learnt, as arrays by name: `restore` continues from it bit for bit."""
+        state: dict[str, npt.NDArray[Any]] = {
+            "windows": np.array([self.windows, self.last_window], np.int64),
+            "undirected": np.array(self.config.undirected),
+            "pool": self._pool.copy(),
+            "ranks": self._ranks.copy(),
+            "tops": self._tops.copy(),
+        }
+        for level in self.levels:
+            state |= level.state()
+        return state
+
+    @classmethod
+    def restore(cls, state: dict[str, npt.NDArray[Any]], config: HistoryConfig | None = None) -> History:
+        """The history that `state` describes. Raises ValueError where `config` counts the other way round.
+
+        Without a `config`, the default one for the state's `undirected`.
+        """
+        undirected = bool(state["undirected"])
+        history = cls(config or HistoryConfig(undirected=undirected))
+        if history.config.undirected != undirected:
+            raise ValueError(f"the history was learnt with undirected={undirected}; configure it so, or start afresh")
+        history.windows, history.last_window = (int(x) for x in state["windows"])
+        history._pool, history._ranks, history._tops = (state[k].copy() for k in ("pool", "ranks", "tops"))
+        history.levels = [Level.restore(level, state) for level in range(len(LEVEL_NAMES))]
+        return history
+
+    def _check(self, flows: FlowBatch, contacts: Contacts) -> None:
+        if len(flows) != len(contacts.of_flow):
+            raise ValueError(
+                f"{len(flows)} flows, but contacts of {len(contacts.of_flow)}; give what they were made of"
+            )
+        if len(contacts.windows) and contacts.windows[0] <= self.last_window:
+            raise ValueError(
+                f"window {int(contacts.windows[0])} is not later than {self.last_window}, which is learnt already; "
+                "hand over closed windows once, in order"
+            )
+
+    def _chunk_end(self, offsets: npt.NDArray[np.int64], begin: int, ways: int) -> int:
+        """Windows begin:end that are handled at once: one at a time where keys may have to leave after each."""
+        room = self.config.max_keys - max(len(level.table) for level in self.levels)
+        most = int(offsets[begin]) + min(_CHUNK, max(0, room)) // ways
+        return max(begin + 1, int(np.searchsorted(offsets, most, side="right")) - 1)
+
+    def _together(self, size: int, first: Callable[[], None], second: Callable[[], None]) -> None:
+        """Two independent jobs, side by side where their size is worth a second thread."""
+        if size < _THREADED or self.config.threads < 2:
+            first()
+            second()
+            return
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix="history")
+        other = self._threads.submit(first)
+        second()
+        other.result()
+
+    def _evict(self, slots: Int32) -> None:
+        limit = self.config.max_keys
+        for level in self.levels:
+            if len(level.table) > limit:
+                remap = level.evict(limit - limit // 8)
+                if remap is not None and level.level == ES:
+                    slots[:] = np.where(slots >= 0, remap[slots], -1)
+
+
+_NONE = np.empty(0)
+_NO_ROWS = Rows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
+
+
+def _weights(weights: Weights) -> tuple[Float64, Float64]:
+    """Weights of a contact's terms [12], and of a flow's own [4]."""
+    own = ("V_rev", "V_fwd", "T", "fail")
+    return np.array([getattr(weights, k, 0.0) for k in TERMS]), np.array([getattr(weights, k) for k in own])
+
+
+def _run(contacts: Contacts, ways: int, begin: int, end: int, of_c: slice, of_f: slice) -> Run:
+    return Run(
+        ways,
+        contacts.hosts.hash,
+        contacts.src[of_c],
+        contacts.dst[of_c],
+        contacts.service[of_c],
+        contacts.flows[of_c],
+        contacts.answered[of_c],
+        contacts.kept[of_c],
+        contacts.of_flow[of_f],
+        of_c.start,
+        contacts.offsets[begin : end + 1] - of_c.start,
+        contacts.flow_offsets[begin : end + 1] - of_f.start,
+        contacts.windows[begin:end],
+    )
+
+
+def _fields(numbers: Float64, slots: Int32) -> dict[str, Any]:
+    """`ContactTerms` by name, of what the kernels say."""
+    columns: dict[str, Any] = dict(zip(FIELDS, numbers, strict=True))
+    columns["day_one"] = columns.pop("first") < CONSTANTS.day_one
+    columns["slot"] = slots
+    return columns

@@ -1,0 +1,151 @@
+"""What history says: terms of contacts, scores of flows, scores of hosts' windows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.graph.columns import Bool, Int64
+from flowsage.graph.flows import Int32
+from flowsage.models.familiarity import B_S, K_SS, TERMS, D
+from flowsage.models.recall import FIELDS
+from flowsage.models.weights import CONSTANTS, Weights
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ContactTerms:
+    """Of each of c contacts (undirected: of its own way), f8[c] unless said otherwise, as of the windows before."""
+
+    known: Float64
+    """Earlier windows of (source, target, service); 0: a first meeting."""
+    pair_known: Float64
+    """Earlier windows of (source, target)."""
+    service_known: Float64
+    """Earlier windows of (source, service)."""
+    source_known: Float64
+    """Earlier windows of the source."""
+    D: Float64
+    """How unusual a new client of (target, service) is, nats."""
+    C_ss: Float64
+    """How unusual this service is for the source, nats."""
+    C_es: Float64
+    """How unusual a first meeting is for (source, service), nats; 0 where known."""
+    dc: Float64
+    """−ln of the rank of D among earlier first meetings (undirected: the smaller); 0 where known."""
+    llr: Float64
+    """Evidence that the pair's visits are regular, nats; from here on as of the end of the contact's window."""
+    beat: Float64
+    """Z of the last flow."""
+    sources: Float64
+    """Distinct sources of (target, service) so far."""
+    regular: Float64
+    """Regular pairs of the service now, of `pairs` so far."""
+    pairs: Float64
+    spread: Float64
+    """Standard deviation of ln(1+bytes_fwd) of the contact's flows."""
+    day_one: Bool
+    """First seen within the first 30 windows."""
+    slot: Int32
+    """Slot of (source, target, service) in its table; -1 where never met. Valid until keys are evicted."""
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+
+@dataclass(frozen=True)
+class HistoryScores(ContactTerms):
+    """Scores of a run: c contacts, n flows in the run's order, k windows of hosts."""
+
+    flow_score: Float64
+    """[n] max(S, 4 (Zc − 4)), nats."""
+    beacon_score: Float64
+    """[n] Z + Zc."""
+    host: Int32
+    """[k] index into the run's hosts."""
+    window: Int64
+    """[k]"""
+    score: Float64
+    """[k] ln Σ over distinct peers exp(highest flow score)."""
+    parts: Parts = field(repr=False)
+
+    @cached_property
+    def terms(self) -> dict[str, Float64]:
+        """Every term of each flow f8[n], by name; S is "history". Made when asked for."""
+        return self.parts.terms()
+
+
+class Outputs(NamedTuple):
+    """What the kernels write: of c contacts, n flows; directed ones are `ways` times as many (`key_levels.Run`)."""
+
+    numbers: Float64
+    """[15, c] `recall.FIELDS`."""
+    slots: Int32
+    """[c]"""
+    terms: Float64
+    """[12, c·ways] `familiarity.TERMS`."""
+    free: Float64
+    """[c·ways] S without what is a flow's own, and `capped` by D."""
+    capped: Float64
+    v_rev: Float64
+    """[n·ways], and so on."""
+    v_fwd: Float64
+    llr: Float64
+    z: Float64
+    zc: Float64
+    flow_score: Float64
+    """[n]"""
+    beacon_score: Float64
+
+    @classmethod
+    def empty(cls, c: int, n: int, ways: int) -> Outputs:
+        """Room for a run. Terms of flows are zeros that are mostly never touched, so take no memory."""
+        numbers, terms = np.empty((len(FIELDS), c)), np.empty((len(TERMS), c * ways))
+        free, capped, flow_score, beacon_score = (np.empty(k) for k in (c * ways, c * ways, n, n))
+        v_rev, v_fwd, llr, z, zc = (np.zeros(n * ways) for _ in range(5))
+        slots = np.empty(c, np.int32)
+        return cls(numbers, slots, terms, free, capped, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
+
+    def part(self, of_c: slice, of_f: slice, ways: int) -> Outputs:
+        """Views of some contacts and their flows."""
+        v, j = (slice(s.start * ways, s.stop * ways) for s in (of_c, of_f))
+        return Outputs(
+            self.numbers[:, of_c], self.slots[of_c], self.terms[:, v], self.free[v], self.capped[v],
+            self.v_rev[j], self.v_fwd[j], self.llr[j], self.z[j], self.zc[j],
+            self.flow_score[of_f], self.beacon_score[of_f],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parts:
+    """From which the terms of flows are made."""
+
+    ways: int
+    of_flow: Int32
+    capped: Bool
+    """[n] B_s, B_ss, K_ss are at most D."""
+    failed: Bool
+    out: Outputs
+    weights: Weights
+
+    def terms(self) -> dict[str, Float64]:
+        """Each term [n], undirected the mean over both ways, and "history": their weighted sum."""
+        index = (self.of_flow[:, None] * self.ways + np.arange(self.ways)).ravel()
+        out, capped = self.out, np.repeat(self.capped, self.ways)
+        cap = np.where(capped, out.terms[D][index], np.inf)
+        each: dict[str, Float64] = {}
+        for k, name in enumerate(TERMS):
+            value = out.terms[k][index]
+            each[name] = np.minimum(value, cap) if B_S <= k <= K_SS else value
+        each |= {"V_rev": out.v_rev, "V_fwd": out.v_fwd, "LLR": out.llr, "Z": out.z, "Zc": out.zc}
+        each["T"] = np.log1p(np.maximum(0.0, out.llr - CONSTANTS.regular_above) / 10.0)
+        each["fail"] = np.repeat(self.failed, self.ways).astype(np.float64)
+        terms = {name: value.reshape(-1, self.ways).mean(1) for name, value in each.items()}
+        weights = asdict(self.weights).items()
+        terms["history"] = sum((w * terms[name] for name, w in weights), np.zeros(len(self.of_flow)))
+        return terms

@@ -1,0 +1,221 @@
+"""Levels of history: the six kinds of key, their tables, and what is remembered of each key.
+
+Keys (DETECTION.md part 1): s source · svc service · ss (source, service) · e (source, target) · es (source, target,
+service) · o (target, service). A *row* is a key that was active in a window, numbered from 0 in order of first contact.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.models.keys import KEY, ROW, SEEN, SLOT, Int32, Int64, KeyTable, mix, position, prefetch
+from flowsage.models.weights import CONSTANTS
+
+S, SVC, SS, E, ES, O = range(6)  # noqa: E741
+LEVEL_NAMES = ("s", "svc", "ss", "e", "es", "o")
+
+# Columns of `count`. Windows are earlier windows in which the key was active (and, where named, kept or answered);
+# tokens are (child, window) pairs, `new` those in which the child was new.
+S_ALL, S_KEPT, S_X, S_SS, S_SS_NEW, S_E, S_E_NEW = range(7)
+SVC_ALL, SVC_X, SVC_ROWS = range(3)
+SS_ALL, SS_KEPT, SS_MET, SS_X, SS_ES, SS_ES_NEW = range(6)
+ES_ALL, ES_KEPT, ES_ANSWERED, ES_FIRST = range(4)
+O_ANSWERED, O_TOKENS, O_NEW = range(3)
+
+# Columns of `volume` (s and es), `beat` (svc, e, es, o).
+V_WINDOWS, V_MEAN, V_M2 = range(3)
+SVC_PAIRS, SVC_REGULAR = range(2)
+E_MET, E_LAST, E_VISIT, E_GAPS, E_MEAN, E_M2, E_SUM, E_LLR = range(8)
+ES_FLOWS, ES_MEAN, ES_M2, ES_TOP, ES_REGULAR, ES_Z = range(6)
+O_SOURCES, O_REGULAR = range(2)
+
+_BATCH = 32
+_BUCKETS = int(CONSTANTS.buckets)
+_COLUMNS: tuple[dict[str, tuple[int, type[np.generic]]], ...] = (
+    {"count": (7, np.float64), "volume": (3, np.float64)},
+    {"count": (3, np.float64), "beat": (2, np.float64), "rank": (_BUCKETS, np.int32)},
+    {"count": (6, np.float64)},
+    {"count": (1, np.float64), "beat": (8, np.float64)},
+    {"count": (4, np.float64), "beat": (6, np.float64), "volume": (3, np.float64)},
+    {"count": (3, np.float64), "beat": (2, np.float64)},
+)
+
+
+class Run(NamedTuple):
+    """What the kernels see of a chunk of consecutive windows: w windows, c contacts, n flows.
+
+    With `ways` 2 (undirected) every contact and every flow counts both ways, (s, t) then (t, s): *directed contact* v
+    belongs to contact v // ways, and is turned round where v is odd.
+    """
+
+    ways: int
+    hash: npt.NDArray[np.uint64]
+    src: Int32
+    dst: Int32
+    service: Int32
+    flows: Int32
+    answered: Int32
+    kept: npt.NDArray[np.bool_]
+    of_flow: Int32
+    """[n] index into the run that the chunk is cut from; subtract `first`."""
+    first: int
+    offsets: Int64
+    """[w + 1] of contacts, from 0."""
+    flow_offsets: Int64
+    windows: Int64
+
+
+class Rows(NamedTuple):
+    """A level's view of a chunk of v directed contacts."""
+
+    slot: Int32
+    """[v]"""
+    row: Int32
+    """[v] within the window."""
+    row_slot: Int32
+    """[≤ v] rows of all windows, one after the other."""
+    start: Int64
+    """[w + 1] where each window's rows begin in `row_slot`."""
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def level_key(level, s, t, service):  # type: ignore[no-untyped-def]
+    """Key i64 of a level for source and target hashes and a service code."""
+    if level == 0:
+        return np.int64(s)
+    if level == 1:
+        return np.int64(mix(service, 1))
+    if level == 2:
+        return np.int64(mix(s, service))
+    if level == 3:
+        return np.int64(mix(s, t))
+    if level == 4:
+        return np.int64(mix(mix(s, t), service))
+    return np.int64(mix(t, service))
+
+
+@numba.njit(cache=True, nogil=True)
+def _assign(level, entries, run, rows, done, window, total, count):  # type: ignore[no-untyped-def]
+    """Slots and rows of the directed contacts from `done` on, until the table is full.
+
+    Returns (directed contacts done, window, rows so far, keys in the table): where to go on with a larger table.
+    """
+    limit = entries.shape[0] * 3 // 5
+    mask = entries.shape[0] - 1
+    ways = run.ways
+    keys = np.empty(_BATCH, np.int64)
+    for w in range(window, len(run.windows)):
+        tick = run.windows[w]
+        begin = run.offsets[w] * ways
+        end = run.offsets[w + 1] * ways
+        if done <= begin:
+            rows.start[w] = total
+        else:
+            begin = done
+        for batch in range(begin, end, _BATCH):
+            stop = min(batch + _BATCH, end)
+            for v in range(batch, stop):
+                c = v // ways
+                a = run.hash[run.src[c]]
+                b = run.hash[run.dst[c]]
+                if v - c * ways:
+                    a, b = b, a
+                keys[v - batch] = level_key(level, a, b, run.service[c])
+                prefetch(entries, keys[v - batch] & mask)
+            for v in range(batch, stop):
+                key = keys[v - batch]
+                at = position(entries, key)
+                if entries[at, SLOT] == 0:
+                    if count >= limit:
+                        return v, w, total, count
+                    count += 1
+                    entries[at, KEY] = key
+                    entries[at, SLOT] = count
+                    entries[at, SEEN] = tick - 1
+                slot = np.int32(entries[at, SLOT] - 1)
+                if entries[at, SEEN] != tick:
+                    entries[at, SEEN] = tick
+                    entries[at, ROW] = total - rows.start[w]
+                    rows.row_slot[total] = slot
+                    total += 1
+                rows.slot[v] = slot
+                rows.row[v] = entries[at, ROW]
+    rows.start[len(run.windows)] = total
+    return len(rows.slot), len(run.windows), total, count
+
+
+class Level:
+    """One kind of key: its table, and arrays of what is remembered, by slot."""
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+        self.table = KeyTable()
+        self.arrays = {name: np.zeros((16, width), kind) for name, (width, kind) in _COLUMNS[level].items()}
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self.arrays[name]
+
+    def assign(self, run: Run) -> Rows:
+        """Rows of a chunk; keys that are new get slots, and zeros for memory."""
+        v = len(run.src) * run.ways
+        rows = Rows(
+            np.empty(v, np.int32),
+            np.empty(v, np.int32),
+            np.empty(v, np.int32),
+            np.empty(len(run.windows) + 1, np.int64),
+        )
+        done = window = total = 0
+        while True:
+            done, window, total, count = _assign(
+                self.level, self.table.entries, run, rows, done, window, total, len(self.table)
+            )
+            self.table.inserted(count)
+            if done == v:
+                break
+            self.table.grow()
+        self._reserve(len(self.table))
+        return rows
+
+    def _reserve(self, count: int) -> None:
+        for name, old in self.arrays.items():
+            if len(old) < count:
+                wider = np.zeros((max(count, 2 * len(old)), old.shape[1]), old.dtype)
+                wider[: len(old)] = old
+                self.arrays[name] = wider
+
+    def evict(self, max_keys: int) -> Int32 | None:
+        """As KeyTable.evict, the memory compacted along."""
+        before = len(self.table)
+        remap = self.table.evict(max_keys)
+        if remap is not None:
+            kept = np.flatnonzero(remap >= 0)
+            for name, old in self.arrays.items():
+                array = np.zeros_like(old)
+                array[: len(kept)] = old[:before][kept]
+                self.arrays[name] = array
+        return remap
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """The table's state, and every array [len(table), …], under the level's name."""
+        name, n = LEVEL_NAMES[self.level], len(self.table)
+        state = {f"{name}.{k}": v for k, v in self.table.state().items()}
+        return state | {f"{name}.{k}": v[:n].copy() for k, v in self.arrays.items()}
+
+    @classmethod
+    def restore(cls, level: int, state: dict[str, npt.NDArray[Any]]) -> Level:
+        """The level that `state` describes."""
+        made, prefix = cls(level), f"{LEVEL_NAMES[level]}."
+        made.table = KeyTable.restore({k: state[prefix + k] for k in ("keys", "seen", "evicted")})
+        made._reserve(len(made.table))
+        for name, array in made.arrays.items():
+            array[: len(made.table)] = state[prefix + name]
+        return made
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table and the arrays."""
+        return self.table.nbytes + sum(a.nbytes for a in self.arrays.values())

@@ -1,0 +1,87 @@
+"""Every weight and constant of the history score, in one place. DETECTION.md part 1 measured them on labelled files;
+none is fitted at run time. Kernels take the constants at compile time, the weights of the sum at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weight of each term of S in nats. Source: DETECTION.md part 1, "S = …"; 0 removes a term (for ablations)."""
+
+    B_s: float = 1.0
+    """Familiarity of the source."""
+    B_ss: float = 0.5
+    K_ss: float = 0.25
+    """A scan earns no familiarity (slow scan .78 → .93)."""
+    B_svc: float = 0.5
+    F_s: float = 0.5
+    """Bursts: Pareto tail with zeros in the mean."""
+    F_ss: float = 1.0
+    C_ss: float = 0.6
+    """Pitman-Yor novelty of a service of this source."""
+    P_ss: float = 0.5
+    """Vertical scans."""
+    C_es: float = 1.0
+    """First meeting of a source that seldom has any."""
+    C_e: float = 0.25
+    """Stands for C_es and dc where there are no ports."""
+    dc: float = 0.5
+    """Ranked, not added: raw tails are tiny on star-shaped networks and break them (.86)."""
+    V_rev: float = 0.5
+    V_fwd: float = 0.5
+    """Exfiltration .54 → .83."""
+    T: float = 0.25
+    fail: float = 1.5
+    """Enterprise AP .473 without it, .541 with it."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Constants of the terms. Source: DETECTION.md part 1, its table, and the prose where named."""
+
+    strength: float = 1.0
+    """θ and d of the Pitman-Yor process over (child, window) tokens (Pitman & Yor 1997)."""
+    discount: float = 0.5
+    pooled: float = 3.0
+    """Windows of the other keys' mean that stand in front of a key's own past (F)."""
+    rank_all: float = 20.0
+    """Tokens of e^-D in front of the ranks of all first meetings, and of those in front of a service's own (dc)."""
+    rank_service: float = 10.0
+    buckets: int = 64
+    """Half nats of D in the ranks, quarter units of Z in those of the beat."""
+    volume_floor: float = 4.0
+    """V is −ln of the tail beyond this many nats, at most `volume_cap`."""
+    volume_cap: float = 30.0
+    volume_memory: float = 50.0
+    """Window means a key's normal-inverse-gamma remembers; prior mean, its weight, shape and rate of the variance."""
+    volume_mean: float = 6.0
+    volume_weight: float = 0.1
+    volume_shape: float = 1.0
+    volume_rate: float = 2.0
+    silence_s: float = 10.0
+    """A visit begins after this much silence of a pair (LLR)."""
+    shortest_gap_s: float = 20.0
+    """Shorter gaps between visits are no beat: each takes `1` off the sum."""
+    beat_memory: float = 50.0
+    beat_cap: float = 200.0
+    beat_variance: float = 0.02
+    """Prior rate of the variance of ln gap: a jitter of about 20 %."""
+    beat_noise: float = 0.1
+    """Weight of the Poisson law inside the regular one: a missed beat costs at most ln .1."""
+    regular_above: float = 10.0
+    """LLR from which a pair counts as regular, until it falls to `irregular_below`; T counts from there as well."""
+    irregular_below: float = 2.0
+    beat_floor: float = 8.0
+    """Z counts LLR from here, in tens, up to `beat_top`."""
+    beat_top: float = 150.0
+    beacon_floor: float = 4.0
+    """flow_score = max(S, beacon_scale (Zc − beacon_floor))."""
+    beacon_scale: float = 4.0
+    day_one: float = 30.0
+    """What is first seen in the first 30 windows was there before us: no news (DETECTION.md part 3, Beacon)."""
+
+
+WEIGHTS = Weights()
+CONSTANTS = Constants()
