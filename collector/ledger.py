@@ -160,6 +160,11 @@ class Ledger:
         if records:
             self.lost[reason] = self.lost.get(reason, 0) + records
 
+    def take_back(self, reason: str, records: int) -> None:
+        """So many records that were acknowledged are lost after all: their file was never finished."""
+        self.acknowledged -= records
+        self.lose(reason, records)
+
     def snapshot(self, published: PublishCounts | None = None, *, walk: bool = True) -> Snapshot:
         """The balance now. Nothing may be drained or handed on meanwhile; packets may come.
 

@@ -48,8 +48,8 @@ class ParquetOutput:
     rotate_bytes, rotate_s    a file is finished at this size, or this long after it was begun
     row_group      rows that are gathered before they are written (in memory until then, at most for rotate_s)
 
-    `files` names those that are whole, in order. Raises UsageError for a directory that cannot be used, OutputError
-    when the disk takes no more.
+    `files` names those that are whole, in order; `unwritten` records are in none of them yet. Raises
+    UsageError for a directory that cannot be used, OutputError when the disk takes no more.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class ParquetOutput:
     ) -> None:
         self.directory = Path(directory)
         self.files: list[Path] = []
+        self.unwritten = 0
         self._sensor = re.sub(r"[^A-Za-z0-9._-]", "_", sensor)
         self._rotate_bytes = rotate_bytes
         self._rotate_s = rotate_s
@@ -88,11 +89,12 @@ class ParquetOutput:
     def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
         """Take `batch`; finish the file where it is due."""
         del watermark_ns
-        if not self._rows:
-            self._began = self._monotonic() if self._writer is None else self._began
+        if not self._rows and self._writer is None:
+            self._began = self._monotonic()
         if len(batch):
             self._waiting.append(batch)
             self._rows += len(batch)
+        self.unwritten += len(batch)
         try:
             if self._rows >= self._row_group:
                 self._write()
@@ -100,7 +102,17 @@ class ParquetOutput:
             if due or (self._writer is not None and os.path.getsize(self._temporary) >= self._rotate_bytes):
                 self._finish()
         except (OSError, pa.ArrowException) as error:
-            raise OutputError(f"flow records cannot be written to {self.directory}: {error}") from error
+            self.unwritten -= len(batch)  # the caller knows of this one
+            raise self._broke(error) from error
+
+    def _broke(self, error: Exception) -> OutputError:
+        """Give up the unfinished file."""
+        self._writer, self._waiting, self._rows = None, [], 0
+        self._temporary.unlink(missing_ok=True)
+        return OutputError(
+            f"flow records cannot be written to {self.directory} ({error}); {self.unwritten} earlier ones of an "
+            "unfinished file are lost with it"
+        )
 
     def _write(self) -> None:
         import pyarrow.parquet as pq
@@ -131,13 +143,14 @@ class ParquetOutput:
             os.fsync(file.fileno())
         self._temporary.rename(self._final)
         self.files.append(self._final)
+        self.unwritten = 0
 
     def close(self) -> None:
         """Finish the last file."""
         try:
             self._finish()
         except (OSError, pa.ArrowException) as error:
-            raise OutputError(f"flow records cannot be written to {self.directory}: {error}") from error
+            raise self._broke(error) from error
 
 
 def human_bytes(n: int) -> str:
