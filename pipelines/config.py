@@ -103,9 +103,7 @@ class WindowSettings(_Section):
 
     window: Duration = Field(60 * SECOND, description="history and graph learn from windows of this length")
     pane: Duration = Field(10 * SECOND, description="alarms look this often")
-    lateness: Duration | None = Field(
-        None, description="how long a window waits for late records; default: what the sensor's timeouts allow"
-    )
+    lateness: Duration = Field(0, description="how long a window waits beyond what its sensors' watermarks say")
     sensor_timeout: Duration = Field(
         30 * SECOND, description="a sensor silent for so long no longer holds windows back"
     )
@@ -130,7 +128,9 @@ class AlarmSettings(_Section):
     budget: float = Field(
         10.0, gt=0, description="false findings a day per 100 hosts that you accept (at least one a day)"
     )
-    block: Duration = Field(900 * SECOND, description="calibration counts hosts in blocks of this length")
+    block: Duration = Field(
+        900 * SECOND, description="calibration counts hosts in blocks of this length (divided by time_scale)"
+    )
     time_scale: float = Field(1.0, ge=1, description="how much faster than life the network runs (the lab: 60)")
     internal: Names = Field((), description="networks that are ours; default: private and link-local addresses")
 
@@ -167,19 +167,12 @@ class Settings(BaseSettings):
         """Flags and file are merged by `load`; here the environment is put between them."""
         return (init_settings,)
 
-    @property
-    def lateness_ns(self) -> int:
-        """How long after its end a window may still receive records, nanoseconds."""
-        if self.windows.lateness is not None:
-            return self.windows.lateness
-        return self.sensor.active_timeout + self.sensor.sweep_interval + self.sensor.poll_interval
-
     def to_toml(self) -> str:
         """The whole configuration as a TOML file that `load` reads back."""
         lines = []
         for section, values in self.model_dump(mode="json").items():
             lines.append(f"[{section}]")
-            lines += [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
+            lines += [f"{k} = {_toml(v)}" for k, v in values.items()]
             lines.append("")
         return "\n".join(lines)
 

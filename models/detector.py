@@ -1,0 +1,84 @@
+"""The detector: history, graph and alarms, put together.
+
+Flows come to it twice. As they *arrive*, a pane at a time, the alarms look at them with what is known so far; when
+their *window* closes, history scores them and learns from them, and so does the graph's prior. Between the two,
+nothing learnt from an open window is used, so scores depend on the past alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.graph.build import Contacts, contacts
+from flowsage.graph.flows import FlowBatch
+from flowsage.models.alarms import AlarmConfig, Alarms
+from flowsage.models.explain import Finding
+from flowsage.models.history import History, HistoryConfig, HistoryScores
+from flowsage.models.meeting import MeetingConfig, MeetingPrior
+
+ALL_TIME = 1 << 62
+"""Window length, ns, that holds every flow of a pane, whenever it started."""
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """What the parts are made with. `graph` off leaves history and alarms, as an ablation or on a small machine."""
+
+    window_ns: int = 60 * 10**9
+    graph: bool = True
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    meeting: MeetingConfig = field(default_factory=MeetingConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
+
+
+@dataclass(frozen=True)
+class ClosedWindows:
+    """A run of windows that closed: n flows, c contacts, and what history says of them."""
+
+    flows: FlowBatch
+    contacts: Contacts
+    scores: HistoryScores
+    tails: Float64
+    """[c] tail probability of first meetings, NaN for known contacts and while the graph is not ready."""
+
+
+class Detector:
+    """Stateful and deterministic: the same flows in the same steps give the same scores and findings."""
+
+    def __init__(self, config: DetectorConfig | None = None) -> None:
+        self.config = config or DetectorConfig()
+        self.history = History(self.config.history)
+        self.prior = MeetingPrior(self.config.meeting) if self.config.graph else None
+        self.alarms = Alarms(self.config.alarms)
+
+    def pane(self, now_ns: int, arrived: FlowBatch) -> list[Finding]:
+        """Look at the flows that arrived since the last pane; returns findings created, updated or closed.
+
+        now_ns is event time: it never goes back, and moves on without flows too, so that findings can close.
+        """
+        seen = contacts(arrived, ALL_TIME)
+        looked = self.history.lookup(seen)
+        return self.alarms.step(now_ns, seen, looked, self._tails(seen, looked.known == 0))
+
+    def close(self, flows: FlowBatch) -> ClosedWindows:
+        """Score the flows of windows that have closed, in time order, and learn from them."""
+        run = contacts(flows, self.config.window_ns)
+        scores = self.history.score(flows, run)
+        first = scores.known == 0
+        tails = np.full(len(run), np.nan)
+        for k, (begin, end) in enumerate(zip(run.offsets[:-1], run.offsets[1:], strict=True)):
+            if self.prior is not None:
+                window, fresh = run.slice(k), first[begin:end]
+                tails[begin:end] = self.prior.tail(window, fresh)
+                self.prior.learn(window, fresh)
+        return ClosedWindows(flows, run, scores, tails)
+
+    def _tails(self, seen: Contacts, first: npt.NDArray[np.bool_]) -> Float64:
+        if self.prior is None:
+            return np.full(len(seen), np.nan)
+        return self.prior.tail(seen, first)

@@ -1,0 +1,230 @@
+"""The `flowsage` command: data on stdout, messages on stderr, exit codes 0, 1, 2, 77 (permission), 78 (configuration).
+
+Commands import what they need when they run, so that a sensor needs no torch and starts at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from flowsage.collector.errors import FlowsageError, UsageError
+from flowsage.pipelines.config import Settings, load
+
+F = TypeVar("F", bound=Callable[..., Any])
+EXISTING = click.Path(path_type=Path)
+TARGET = click.Path(path_type=Path, dir_okay=False)
+
+LAB_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sensor": {"idle_timeout": "4s", "active_timeout": "6s", "half_open_timeout": "1s", "linger": "0.5s",
+               "sweep_interval": "0.5s", "name": "lab"},
+    "windows": {"window": "6s", "pane": "1s"},
+    "alarms": {"time_scale": 60},
+}  # fmt: skip
+"""The lab runs a day in minutes: short timeouts, windows and panes, and alarms whose clock runs 60 times as fast."""
+
+
+class Group(click.Group):
+    """Turns FlowSAGE's own errors into one sentence on stderr and the exit code that they carry."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except FlowsageError as e:
+            click.echo(f"flowsage: {e}", err=True)
+            ctx.exit(e.exit_code)
+        except BrokenPipeError:
+            sys.stderr.close()
+            ctx.exit(0)
+
+
+def config_options(command: F) -> F:
+    """--config, --check-config, --show-config and -v, which every command that is configured takes."""
+    for option in (
+        click.option("--config", type=EXISTING, help="TOML file (default: $FLOWSAGE_CONFIG)"),
+        click.option("--check-config", is_flag=True, help="say whether the configuration is right, and stop"),
+        click.option("--show-config", is_flag=True, help="print the configuration in force as TOML, and stop"),
+        click.option("-v", "--verbose", count=True, help="say more on stderr (-vv: everything)"),
+    ):
+        command = option(command)
+    return command
+
+
+def sensor_options(command: F) -> F:
+    """What concerns the kernel program."""
+    for option in (
+        click.option("-i", "--interface", "interfaces", multiple=True, help="interface to watch; repeat for several"),
+        click.option("--mode", type=click.Choice(["auto", "drv", "skb"]), help="XDP mode"),
+        click.option("--mirror", is_flag=True, default=None, help="drop packets once counted (the port only mirrors)"),
+        click.option("--replace", is_flag=True, default=None, help="replace somebody else's XDP program"),
+    ):
+        command = option(command)
+    return command
+
+
+def model_options(command: F) -> F:
+    """What concerns windows, model and alarms."""
+    for option in (
+        click.option("--window", help="window, such as 60s"),
+        click.option("--pane", help="pane, such as 10s"),
+        click.option("--budget", type=float, help="false findings a day per 100 hosts that you accept"),
+        click.option("--undirected", is_flag=True, default=None, help="the flows' direction is not known"),
+        click.option("--no-graph", is_flag=True, default=None, help="without the GraphSAGE prior"),
+        click.option("--seed", type=int, help="seed of the model"),
+    ):
+        command = option(command)
+    return command
+
+
+def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] | None = None) -> Settings:
+    """The configuration in force, from the options a command was given; --check-config and --show-config end here."""
+    level = {0: logging.WARNING, 1: logging.INFO}.get(options.pop("verbose"), logging.DEBUG)
+    logging.basicConfig(level=level, format="flowsage: %(levelname)s: %(message)s", stream=sys.stderr)
+    path, check, show = options.pop("config"), options.pop("check_config"), options.pop("show_config")
+    graph = False if options.get("no_graph") else None
+    flags: dict[str, dict[str, Any]] = {
+        "sensor": {k: options.get(k) for k in ("mode", "mirror", "replace")}
+        | {"interfaces": options.get("interfaces") or None},
+        "windows": {k: options.get(k) for k in ("window", "pane")},
+        "model": {k: options.get(k) for k in ("undirected", "seed")} | {"graph": graph},
+        "alarms": {"budget": options.get("budget")},
+        "metrics": {"port": options.get("metrics_port"), "enabled": False if options.get("no_metrics") else None},
+    }
+    settings = load(
+        path, {s: {k: v for k, v in f.items() if v is not None} for s, f in flags.items()}, defaults=defaults
+    )
+    if show:
+        click.echo(settings.to_toml(), nl=False)
+    if check:
+        click.echo("configuration is valid", err=True)
+    if show or check:
+        raise click.exceptions.Exit(0)
+    return settings
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="flowsage", prog_name="flowsage")
+def main() -> None:
+    """Say which hosts of a network behave unlike themselves, from the kernel up.
+
+    \b
+    flowsage run --interface eth0     watch an interface, print findings
+    flowsage run --lab                the same on a small network of its own, with an attack in it
+    flowsage replay FILE --findings - the same over a capture or a file of flows
+    """
+
+
+@main.command()
+@sensor_options
+@model_options
+@config_options
+@click.option("--lab", is_flag=True, help="watch a small network of real hosts in namespaces, with a scan in it")
+@click.option("--attack", "attacks", multiple=True, metavar="SECONDS:NAME", help="with --lab: what happens when")
+@click.option("--pcap", type=EXISTING, help="send a capture through the XDP program, by its own clock")
+@click.option("--flows", type=EXISTING, help="a Parquet file of flows")
+@click.option(
+    "--findings",
+    type=click.Path(path_type=Path, allow_dash=True),
+    default="-",
+    help="where findings go: FILE or - (stdout)",
+)
+@click.option("--json", "as_json", is_flag=True, help="JSON lines even where stdout is a terminal")
+@click.option("--duration", type=float, help="stop after so many seconds")
+@click.option("--metrics-port", type=int, help="port of /metrics (default 9436)")
+@click.option("--no-metrics", is_flag=True, help="without the HTTP endpoint")
+def run(**options: Any) -> None:
+    """Everything in one process: packets (or a file) in, findings out."""
+    lab = options["lab"]
+    settings = settings_from(options, LAB_DEFAULTS if lab else None)
+    chosen = [n for n in ("lab", "pcap", "flows") if options[n]] + (["interface"] if settings.sensor.interfaces else [])
+    if lab and "interface" in chosen:
+        raise UsageError("--lab brings its own interfaces; name either --lab or --interface")
+    if len(chosen) != 1:
+        raise UsageError("name what to watch: one of --interface IF, --lab, --pcap FILE, --flows FILE")
+    from flowsage.pipelines.run import run_file, run_live
+
+    output = {"findings": options["findings"], "as_json": options["as_json"]}
+    if options["pcap"] or options["flows"]:
+        run_file(settings, options["pcap"], options["flows"], **output)
+    else:
+        run_live(settings, lab=lab, attacks=options["attacks"], duration_s=options["duration"], **output)
+
+
+@main.command()
+@sensor_options
+@config_options
+@click.option("-o", "--output", default="-", help="a folder for Parquet files, or - for readable lines")
+@click.option("--duration", type=float, help="stop after so many seconds")
+def collect(**options: Any) -> None:
+    """Only the sensor: write flow records. No model, no torch."""
+    settings = settings_from(options)
+    if not settings.sensor.interfaces:
+        raise UsageError("name an interface to watch: --interface IF")
+    from flowsage.pipelines.sensor import collect as collect_records
+
+    collect_records(settings, output=options["output"], duration_s=options["duration"])
+
+
+@main.command()
+@click.argument("source", type=EXISTING, metavar="INPUT")
+@model_options
+@config_options
+@click.option("--records", type=TARGET, help="write flow records (Parquet)")
+@click.option("--no-timeouts", is_flag=True, help="one record a 5-tuple, ended by nothing but the end of the input")
+@click.option("--ledger", type=TARGET, help="write what became of every packet (JSON)")
+@click.option("--scores", type=TARGET, help="write a score a flow, in input order (Parquet)")
+@click.option("--hosts", type=TARGET, help="write a score a host and window (Parquet)")
+@click.option(
+    "--findings", type=click.Path(path_type=Path, allow_dash=True), help="write findings (JSON lines, or .parquet)"
+)
+def replay(source: Path, **options: Any) -> None:
+    """Offline, as fast as it can: a capture (pcap, pcapng) or a Parquet file of flows."""
+    settings = settings_from(options)
+    from flowsage.pipelines.replay import Outputs
+    from flowsage.pipelines.replay import replay as replay_file
+
+    outputs = Outputs(**{k: options[k] for k in ("records", "ledger", "scores", "hosts", "findings")})
+    replay_file(source, settings, outputs, no_timeouts=options["no_timeouts"])
+
+
+@main.command()
+@config_options
+@click.option("--attack", "attacks", multiple=True, metavar="SECONDS:NAME", help="what happens when; repeat")
+@click.option("--duration", type=float, help="stop after so many seconds")
+@click.option("--record", type=TARGET, help="record the wire as a capture")
+@click.option("--flows", type=TARGET, help="record labelled flows (Parquet)")
+@click.option("--truth", type=TARGET, help="write what really happened (JSON lines)")
+def lab(**options: Any) -> None:
+    """A small network of real hosts in namespaces: services, clients, and on request misbehaviour."""
+    settings = settings_from(options, LAB_DEFAULTS)
+    from flowsage.pipelines.lab_session import lab_session
+
+    lab_session(
+        settings,
+        attacks=options["attacks"],
+        duration_s=options["duration"],
+        record=options["record"],
+        flows=options["flows"],
+        truth=options["truth"],
+    )
+
+
+@main.command()
+@click.option("--address", default="127.0.0.1", help="where `flowsage run` serves its metrics")
+@click.option("--port", type=int, default=9436)
+@click.option("--json", "as_json", is_flag=True)
+def status(address: str, port: int, as_json: bool) -> None:
+    """Ask a running FlowSAGE how it is: packets, ledger, windows, model, findings."""
+    from flowsage.pipelines.status import show
+
+    show(address, port, as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`flowsage lab`: the lab by itself, and what FlowSAGE's sensor sees of it as labelled flows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pyarrow as pa
+
+from flowsage.collector.agent import Agent
+from flowsage.collector.records import FLOW_SCHEMA
+from flowsage.pipelines.config import Settings
+from flowsage.pipelines.lab import Lab, LabSettings, label_flows, run_lab
+from flowsage.pipelines.outputs import write_parquet
+from flowsage.pipelines.sensor import agent_settings, ledger_line
+
+
+class Kept:
+    """A sink that keeps the batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[pa.RecordBatch] = []
+
+    def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
+        """Keep `batch`."""
+        if len(batch):
+            self.batches.append(batch)
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+    def table(self) -> pa.Table:
+        """Everything, in order of start."""
+        return pa.Table.from_batches(self.batches, FLOW_SCHEMA).unify_dictionaries().sort_by("start_ns")
+
+
+def lab_session(
+    settings: Settings,
+    *,
+    attacks: tuple[str, ...],
+    duration_s: float | None,
+    record: Path | None,
+    flows: Path | None,
+    truth: Path | None,
+) -> None:
+    """Run the lab until it is stopped; write the wire (`record`), the labelled flows (`flows`), the truth (`truth`)."""
+    kept = Kept()
+    agents: list[Agent] = []
+
+    def watch(lab: Lab) -> None:
+        if flows is None:
+            return
+        agent = Agent(agent_settings(settings, interfaces=tuple(lab.interfaces), netns=lab.netns), kept)
+        agent.start()
+        agents.append(agent)
+
+    truths = run_lab(
+        LabSettings(seed=settings.model.seed, truth_path=truth),
+        schedule=",".join(attacks),
+        duration_s=duration_s,
+        record=record,
+        on_started=watch,
+    )
+    for agent in agents:
+        agent.stop()
+        click.echo(ledger_line(agent.join()), err=True)
+    if flows is not None:
+        table = label_flows(kept.table(), truths)
+        write_parquet(table, flows)
+        click.echo(
+            f"{len(table):,} flows, {sum(table.column('label').to_pylist()):,} of misbehaviour, in {flows}", err=True
+        )

@@ -1,0 +1,105 @@
+"""Where flows come from when they do not come from an interface: flow files and captures, as steps of event time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flowsage.collector.errors import InputError, SchemaError
+from flowsage.graph.flows import FlowBatch, from_table, merge
+
+READ = (
+    "start_ns", "end_ns", "src_ip", "dst_ip", "src_port", "dst_port", "proto", "packets_fwd", "packets_rev",
+    "bytes_fwd", "bytes_rev", "state", "tcp_flags_fwd", "tcp_flags_rev", "handshake_ns",
+)  # fmt: skip
+"""Columns of a flow file that are read. Labels are not among them."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Flows that became known up to `now_ns`, and the time before which no more will come (`watermark_ns`)."""
+
+    flows: FlowBatch
+    now_ns: int
+    watermark_ns: int
+
+
+class FlowFile:
+    """A Parquet file of flows.
+
+    Raises InputError where the file cannot be read as Parquet, SchemaError where a needed column is missing, null or
+    of the wrong type. Rows out of time order are put in order (`reordered` says how many went back in time).
+    """
+
+    def __init__(self, path: Path, *, undirected: bool = False) -> None:
+        self.path = path
+        self.undirected = undirected
+        try:
+            self._file = pq.ParquetFile(path)
+            self._columns = [c for c in self._file.schema_arrow.names if c in READ]
+            for needed in ("start_ns", "src_ip", "dst_ip"):
+                if needed not in self._columns:
+                    raise SchemaError(
+                        f"{path} has no column {needed!r}; a flow file needs start_ns (Unix ns), src_ip and dst_ip, "
+                        f"this one has {', '.join(self._file.schema_arrow.names) or 'none'}"
+                    )
+            from_table(self._file.schema_arrow.empty_table().select(self._columns))
+            start = self._file.read(["start_ns"]).column(0)
+        except SchemaError as e:
+            raise SchemaError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
+        except FileNotFoundError as e:
+            raise InputError(f"there is no file {path}; name a Parquet file of flows") from e
+        except (OSError, pa.ArrowException) as e:
+            raise InputError(
+                f"{path} cannot be read as Parquet ({_first_line(e)}); name a Parquet file of flows"
+            ) from e
+        times = pc.fill_null(start, -1).to_numpy().astype(np.int64)
+        self.rows = len(times)
+        self.reordered = int(np.count_nonzero(times < np.maximum.accumulate(times))) if self.rows else 0
+
+    def batches(self, rows: int = 1 << 17) -> Iterator[FlowBatch]:
+        """The file in time order, `rows` flows at a time; `FlowBatch.row` is the row in the file."""
+        if self.reordered:
+            table = self._file.read(self._columns)
+            order = np.argsort(table.column("start_ns").to_numpy(), kind="stable")
+            for begin in range(0, self.rows, rows):
+                part = order[begin : begin + rows]
+                batch = from_table(table.take(pa.array(part)), undirected=self.undirected)
+                batch.row[:] = part
+                yield batch
+            return
+        done = 0
+        for record_batch in self._file.iter_batches(rows, columns=self._columns):
+            yield from_table(record_batch, undirected=self.undirected, first_row=done)
+            done += len(record_batch)
+
+    def steps(self, pane_ns: int, rows: int = 1 << 17) -> Iterator[Step]:
+        """The file as panes of event time that hold at least one flow, whatever `rows` is."""
+        held: list[FlowBatch] = []
+        for batch in self.batches(rows):
+            panes = batch.start_ns // pane_ns
+            cuts = (np.flatnonzero(np.diff(panes)) + 1).tolist()
+            if held and held[0].start_ns[0] // pane_ns != panes[0]:
+                yield _step(held, pane_ns)
+                held = []
+            for begin, end in zip([0, *cuts], cuts, strict=False):
+                yield _step([*held, batch.take(slice(begin, end))], pane_ns)
+                held = []
+            held.append(batch.take(slice(cuts[-1] if cuts else 0, len(batch))))
+        if held:
+            yield _step(held, pane_ns)
+
+
+def _step(parts: list[FlowBatch], pane_ns: int) -> Step:
+    now = int(parts[0].start_ns[0] // pane_ns + 1) * pane_ns
+    return Step(merge(parts) if len(parts) > 1 else parts[0], now, now)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,32 @@
+"""`python -m tests.bench [PART …]`: the whole table, or only some parts of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from tests.bench.rows import Row, show, write
+
+PARTS = ("kernel", "ring", "scoring", "forward", "startup")
+TARGET = Path("build/bench.json")
+
+
+def main() -> None:
+    """Run the parts, print a line a row as it comes, write build/bench.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parts = parser.parse_args().parts or PARTS
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    rows: list[Row] = []
+    for part in parts:
+        for row in importlib.import_module(f"tests.bench.{part}").rows():
+            print(show(row), flush=True)
+            rows.append(row)
+    write(rows, TARGET)
+    print(f"\nwritten to {TARGET}")
+
+
+if __name__ == "__main__":
+    main()
