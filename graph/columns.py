@@ -44,7 +44,7 @@ def numbers(table: pa.Table, column: str, *, low: int | None = 0, high: int | No
         values = pc.if_else(pc.is_finite(values), values, None).cast(pa.float64())
         values = pc.if_else(pc.less(pc.abs(values), 2.0**63), values, None).cast(pa.int64(), safe=False)
     elif pa.types.is_uint64(values.type):
-        values = pc.if_else(pc.less(values, 2**63), values, None)
+        values = pc.if_else(pc.less(values, pa.scalar(2**63, pa.uint64())), values, None)
     elif not pa.types.is_integer(values.type):
         raise SchemaError(f"column {column!r} is {values.type}, expected integers")
     if values.null_count:
