@@ -165,8 +165,8 @@ async def ssh_login(
 
 async def ask_time(node: Node) -> None:
     """NTP's rhythm, faster: a datagram to the gateway every 16 s."""
-    await asyncio.sleep(16 * node.rng.uniform(0.95, 1.05) * node.pace)
     await node.datagram(ADDRESS["gw"], 123, node.filler[:48])
+    await asyncio.sleep(16 * node.rng.uniform(0.95, 1.05) * node.pace)
 
 
 async def log_lines(node: Node) -> None:

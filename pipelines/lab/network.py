@@ -29,7 +29,8 @@ NAMESPACES = Path("/run/netns")
 PREFIX_LENGTH = 24
 
 _CLONE_NEWNET = 0x40000000
-_MS_BIND = 0x1000
+_CLONE_NEWNS = 0x20000
+_MS_BIND, _MS_REC, _MS_PRIVATE, _MS_SHARED = 0x1000, 0x4000, 1 << 18, 1 << 20
 _MNT_DETACH = 2
 _ON_LINK = 253  # RT_SCOPE_LINK
 _SIOCETHTOOL = 0x8946
@@ -106,9 +107,21 @@ def _write(path: str, value: str) -> None:
         Path(path).write_text(value)
 
 
+def _prepare_directory() -> None:
+    """Make /run/netns a shared mount of its own, as iproute2 does before its first namespace.
+
+    Else the next `ip netns add` of anybody mounts the directory over itself, and our mounts get a hidden twin below.
+    """
+    NAMESPACES.mkdir(parents=True, exist_ok=True)
+    path = str(NAMESPACES).encode()
+    if _libc.mount(b"", path, b"none", _MS_SHARED | _MS_REC, None):
+        _call(_libc.mount(path, path, b"none", _MS_BIND | _MS_REC, None), f"mount {NAMESPACES}")
+        _call(_libc.mount(b"", path, b"none", _MS_SHARED | _MS_REC, None), f"share the mount {NAMESPACES}")
+
+
 def create_namespace(name: str) -> Path:
     """Make a namespace that outlives its processes, as `ip netns add` does. IPv6 is off in it."""
-    NAMESPACES.mkdir(parents=True, exist_ok=True)
+    _prepare_directory()
     path = namespace_path(name)
     back = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -238,9 +251,32 @@ def remove(prefix: str) -> list[str]:
                         ip.link("del", index=link["index"])
     for path in paths:
         _libc.umount2(str(path).encode(), _MNT_DETACH)
-        with suppress(FileNotFoundError):
-            path.unlink()
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # mounted below a later mount of the directory, where no path leads
+            _unlink_hidden(path)
     return names
+
+
+def _unlink_hidden(path: Path) -> None:
+    """Remove a file with mounts on it that are covered by another mount.
+
+    The kernel refuses to unlink what is mounted on in the caller's mount namespace, and detaches it everywhere else:
+    so a child takes its own copies away first.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _libc.unshare(_CLONE_NEWNS)
+            _libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+            while _libc.umount2(str(NAMESPACES).encode(), _MNT_DETACH) == 0:
+                pass
+            while _libc.umount2(str(path).encode(), _MNT_DETACH) == 0:
+                pass
+            os.unlink(path)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
 
 
 def lock(prefix: str) -> socket.socket:

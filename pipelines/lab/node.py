@@ -130,7 +130,7 @@ class Node:
     async def habit(self, what: Callable[[Node], Awaitable[None]]) -> None:
         """Live a habit for ever: what the network does to it is counted, what we did wrong is reported."""
         name = what.__name__
-        await asyncio.sleep(self.rng.uniform(0, 8) * self.pace)  # or all would keep step for minutes
+        await asyncio.sleep(self.rng.uniform(0, 5) * self.pace)  # or all would keep step for minutes
         while True:
             try:
                 await what(self)
