@@ -129,35 +129,39 @@ class History:
             return job
 
         def count() -> None:
-            marks, counts = np.empty((5, len(run.src))), [level["count"] for level in levels]
+            counts, marks = tuple(level["count"] for level in levels), np.empty((5, len(run.src)))
             familiarity(
-                run, self.windows, tuple(rows), tuple(counts), self._pool, self._ranks, levels[SVC]["rank"],
-                out.terms, marks,
-            )  # fmt: skip
+                run, self.windows, tuple(rows), counts, self._pool, self._ranks, levels[SVC]["rank"], terms, marks
+            )
             out.numbers[_MARKS], out.numbers[_FIRST] = marks[:-1], marks[-1]
-            volume(run, rows[S], levels[S]["volume"], flows.bytes_rev, out.v_rev)
+            volume(run, rows[S], levels[S]["volume"], _frozen(flows.bytes_rev), out.v_rev)
 
         def beats() -> None:
-            said = np.empty((6, len(run.src)))
+            said, sent = np.empty((6, len(run.src))), _frozen(flows.bytes_fwd)
             beat(
-                run, flows.start_ns, flows.bytes_fwd, rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot,
+                run, _frozen(flows.start_ns), sent, rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot,
                 levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
                 out.llr, out.z, out.zc, said,
             )  # fmt: skip
             out.numbers[_SAID] = said
-            volume(run, rows[ES], levels[ES]["volume"], flows.bytes_fwd, out.v_fwd)
+            volume(run, rows[ES], levels[ES]["volume"], sent, out.v_fwd)
 
+        # Kernels compile once, for arrays in one piece, which a part of `out.terms` is not.
+        terms = out.terms if out.terms.flags.c_contiguous else np.empty(out.terms.shape)
         size = len(run.src) * run.ways + len(flows)
         self._together(size, assign(ES, S, SVC), assign(E, SS, O))
         self._together(size, beats, count)
         out.slots[:] = rows[ES].slot[:: run.ways]
         weights, own = _weights(self.config.weights)
-        contact_sums(run.ways, out.terms, weights, out.free, out.capped)
+        contact_sums(run.ways, terms, weights, out.free, out.capped)
+        if terms is not out.terms:
+            out.terms[:] = terms
         k = int(rows[S].start[-1])
         host, window, host_score = np.empty(k, np.int32), np.empty(k, np.int64), np.empty(k)
         score(
-            run, flows.answered, flows.told, flows.failed, rows[S], rows[E], out.free, out.capped, out.v_rev, out.v_fwd,
-            out.llr, out.z, out.zc, own, out.flow_score, out.beacon_score, host, window, host_score,
+            run, _frozen(flows.answered), _frozen(flows.told), _frozen(flows.failed), rows[S], rows[E],
+            out.free, out.capped, out.v_rev, out.v_fwd, out.llr, out.z, out.zc, own,
+            out.flow_score, out.beacon_score, host, window, host_score,
         )  # fmt: skip
         return host, window, host_score
 
@@ -166,7 +170,8 @@ class History:
         c, lv = len(contacts), self.levels
         numbers, slots = np.empty((len(FIELDS), c)), np.empty(c, np.int32)
         recall(
-            contacts.src, contacts.dst, contacts.service, contacts.hosts.hash, 1 + self.config.undirected, self.windows,
+            _frozen(contacts.src), _frozen(contacts.dst), _frozen(contacts.service), _frozen(contacts.hosts.hash),
+            1 + self.config.undirected, self.windows,
             tuple(level.table.entries for level in lv), lv[S]["count"], lv[SVC]["beat"], lv[SVC]["rank"],
             lv[SS]["count"], lv[E]["count"], lv[E]["beat"], lv[ES]["count"], lv[ES]["beat"], lv[O]["count"],
             lv[O]["beat"], self._ranks, numbers, slots,
@@ -204,7 +209,7 @@ class History:
     def _check(self, flows: FlowBatch, contacts: Contacts) -> None:
         if len(flows) != len(contacts.of_flow):
             raise ValueError(
-                f"{len(flows)} flows, but contacts of {len(contacts.of_flow)}; give what they were made of"
+                f"{len(flows)} flows, but contacts of {len(contacts.of_flow)}; give those of the same run"
             )
         if len(contacts.windows) and contacts.windows[0] <= self.last_window:
             raise ValueError(
@@ -250,21 +255,29 @@ def _weights(weights: Weights) -> tuple[Float64, Float64]:
 
 
 def _run(contacts: Contacts, ways: int, begin: int, end: int, of_c: slice, of_f: slice) -> Run:
+    c = contacts
     return Run(
         ways,
-        contacts.hosts.hash,
-        contacts.src[of_c],
-        contacts.dst[of_c],
-        contacts.service[of_c],
-        contacts.flows[of_c],
-        contacts.answered[of_c],
-        contacts.kept[of_c],
-        contacts.of_flow[of_f],
+        _frozen(c.hosts.hash),
+        _frozen(c.src[of_c]),
+        _frozen(c.dst[of_c]),
+        _frozen(c.service[of_c]),
+        _frozen(c.flows[of_c]),
+        _frozen(c.answered[of_c]),
+        _frozen(c.kept[of_c]),
+        _frozen(c.of_flow[of_f]),
         of_c.start,
-        contacts.offsets[begin : end + 1] - of_c.start,
-        contacts.flow_offsets[begin : end + 1] - of_f.start,
-        contacts.windows[begin:end],
+        _frozen(c.offsets[begin : end + 1] - of_c.start),
+        _frozen(c.flow_offsets[begin : end + 1] - of_f.start),
+        _frozen(c.windows[begin:end]),
     )
+
+
+def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view that cannot be written: columns from Arrow cannot, others can, and kernels compile once for both."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _fields(numbers: Float64, slots: Int32) -> dict[str, Any]:

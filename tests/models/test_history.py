@@ -1,0 +1,388 @@
+"""History: against the reference program, against itself cut in other ways, and against sums done by hand."""
+
+import importlib.util
+import math
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import t as student
+
+from flowsage.graph.build import Contacts, contacts
+from flowsage.graph.flows import FlowBatch, from_table
+from flowsage.models import history as module
+from flowsage.models.history import History, HistoryConfig
+from flowsage.models.history_scores import HistoryScores
+from flowsage.models.volume import log_tail
+
+MINUTE = 60_000_000_000
+UNDIRECTED = HistoryConfig(undirected=True)
+ACROSS = ("known", "pair_known", "service_known", "source_known", "D", "C_ss", "C_es", "dc", "day_one")
+AFTER = ("llr", "beat", "sources", "regular", "pairs", "spread")
+
+
+def flow_table(rows: list[dict[str, Any]]) -> pa.Table:
+    names = ("start_ns", "src_ip", "dst_ip", "src_port", "dst_port", "proto", "packets_fwd", "packets_rev", "bytes_fwd")
+    kinds = {"src_ip": pa.string(), "dst_ip": pa.string(), "state": pa.string()}
+    columns = {
+        n: pa.array([row.get(n) for row in rows], kinds.get(n, pa.int64())) for n in (*names, "bytes_rev", "state")
+    }
+    return pa.table(columns)
+
+
+def traffic(seed: int, minutes: int = 40, flows: int = 60) -> pa.Table:
+    """Clients of servers, beats, a scan that is never answered, flows of which little is known, and quiet minutes."""
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for minute in range(minutes):
+        if rng.random() < 0.15:
+            continue
+        begin = (1_000_000 + minute) * MINUTE
+        for _ in range(rng.poisson(flows)):
+            proto, port = [(6, 443), (6, 22), (17, 53), (6, 8080), (1, None)][rng.integers(5)]
+            answered = bool(rng.random() < 0.85)
+            row = {"start_ns": begin + int(rng.integers(MINUTE)), "src_ip": f"c{rng.zipf(1.6) % 30}"}
+            row |= {"dst_ip": f"s{rng.zipf(1.8) % 12}", "proto": proto, "dst_port": port}
+            row |= {"src_port": int(rng.integers(32_768, 60_000)) if port else None, "packets_fwd": 3}
+            row |= {"packets_rev": 3 * answered, "bytes_fwd": int(rng.lognormal(6, 1 + 2 * (rng.random() < 0.05)))}
+            row |= {"bytes_rev": int(rng.lognormal(7, 2)) * answered, "state": None if answered else "S0"}
+            if rng.random() < 0.1:
+                row |= {"packets_rev": None, "bytes_rev": None, "bytes_fwd": None, "state": None}
+            rows.append(row)
+        for k in range(3):
+            row = {"src_ip": f"c{k}", "dst_ip": "beacon" if k else "clock", "proto": 6, "dst_port": 80 + k}
+            row |= {"start_ns": begin + 7 * 10**9 + int(rng.normal(0, 1e8)), "src_port": 40_000, "packets_fwd": 2}
+            rows.append(row | {"packets_rev": 2, "bytes_fwd": 200 + k, "bytes_rev": 100})
+        if minute > minutes // 2:
+            for k in range(15):
+                row = {"src_ip": "c4", "dst_ip": f"s{minute}.{k}", "proto": 6, "dst_port": 445, "state": "REJ"}
+                rows.append(row | {"start_ns": begin + k * 10**9, "src_port": 50_000, "packets_fwd": 1})
+    return flow_table(sorted(rows, key=lambda row: int(row["start_ns"])))
+
+
+def windows(flows: FlowBatch, run: Contacts, begin: int, end: int) -> tuple[FlowBatch, Contacts]:
+    part = flows.take(slice(int(run.flow_offsets[begin]), int(run.flow_offsets[end])))
+    return part, contacts(part, MINUTE)
+
+
+def whole(table: pa.Table, config: HistoryConfig | None = None) -> tuple[HistoryScores, History]:
+    history = History(config)
+    flows = from_table(table, undirected=history.config.undirected)
+    return history.score(flows, contacts(flows, MINUTE)), history
+
+
+def in_runs(table: pa.Table, cuts: list[int] | None, config: HistoryConfig | None = None) -> tuple[Any, History]:
+    """Scores of runs that end at `cuts` (None: every window), put together, and the history."""
+    history = History(config)
+    flows = from_table(table, undirected=history.config.undirected)
+    run = contacts(flows, MINUTE)
+    n = len(run.windows)
+    edges = list(range(n + 1)) if cuts is None else [0, *cuts, n]
+    parts = [history.score(*windows(flows, run, a, b)) for a, b in pairwise(edges)]
+    return together(parts), history
+
+
+def together(parts: list[HistoryScores]) -> dict[str, Any]:
+    names = ("flow_score", "beacon_score", "window", "score", *ACROSS, *AFTER)
+    columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
+    return columns | {f"term {k}": np.concatenate([p.terms[k] for p in parts]) for k in parts[0].terms}
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name, values in a.items():
+        np.testing.assert_array_equal(values, b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def reference(shared: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("history_reference", shared / "tools" / "history_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program
+
+
+def known_protocols(table: pa.Table) -> pa.Table:
+    """Protocol numbers that are none (one file has its EtherTypes there) as unknown, for both programs."""
+    at = table.column_names.index("proto")
+    proto = table.column("proto")
+    return table.set_column(at, "proto", pc.if_else(pc.less(proto, 0), pa.scalar(None, proto.type), proto))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "undirected"),
+    [
+        ("ctu_sme11", 8_000, False),
+        ("dapt2020", 18_000, False),
+        ("dapt2020", 5_000, True),
+        ("iot23_34_1", 12_000, False),
+        ("ctu50_sensors", 12_000, False),
+        ("westermo", 15_000, True),
+        ("rita_beacon", 40_000, False),
+        ("darpa98", 150_000, False),
+    ],
+)
+def test_every_term_and_score_equals_the_reference(
+    shared: Path, reference: ModuleType, name: str, rows: int, undirected: bool
+) -> None:
+    table = known_protocols(pq.read_table(shared / "data" / f"{name}.parquet").slice(0, rows))
+    scores, _ = whole(table, HistoryConfig(undirected=undirected))
+    flow, hosts, expected = reference.detect(table.to_pandas(), undirected)
+    np.testing.assert_allclose(scores.flow_score, flow, atol=1e-8)
+    np.testing.assert_allclose(scores.beacon_score, expected["Z"] + expected["Zc"], atol=1e-8)
+    assert scores.terms.keys() == expected.keys() - {"flow"}
+    for term, values in scores.terms.items():
+        np.testing.assert_allclose(values, expected[term], atol=1e-8, err_msg=term)
+    names = np.asarray(from_table(table).hosts.names.to_pylist(), object)
+    ours = pd.DataFrame({"host": names[scores.host], "window_start_ns": scores.window * MINUTE, "ours": scores.score})
+    merged = hosts.merge(ours, on=["host", "window_start_ns"], how="outer")
+    assert len(merged) == len(hosts) == len(ours)
+    np.testing.assert_allclose(merged.ours, merged.score, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "undirected", "flow", "host"),
+    [
+        ("ctu_sme11", False, (0.999, 0.993), (0.998, 0.919)),
+        ("dapt2020", False, (0.969, 0.919), (0.851, 0.267)),
+        ("iot23_34_1", False, (0.993, 1.0), (0.984, 1.0)),
+        ("ctu50_sensors", False, (0.981, 0.978), (0.969, 0.992)),
+        ("westermo", True, (0.967, 0.943), (0.923, 0.794)),
+    ],
+)
+def test_the_measured_table_is_reached_on_the_small_files(
+    shared: Path, name: str, undirected: bool, flow: tuple[float, float], host: tuple[float, float]
+) -> None:
+    spec = importlib.util.spec_from_file_location("evaluate_detection", shared / "tools" / "evaluate_detection.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    table = pq.read_table(shared / "data" / f"{name}.parquet")
+    scores, _ = whole(table, HistoryConfig(undirected=undirected))
+    names = np.asarray(from_table(table).hosts.names.to_pylist(), object)
+    hosts = pd.DataFrame({"host": names[scores.host], "window_start_ns": scores.window * MINUTE, "score": scores.score})
+    hosts = hosts.assign(window_end_ns=hosts.window_start_ns + MINUTE, alert=False)
+    measured = tool.evaluate(table.to_pandas(), scores.flow_score, hosts, undirected)
+    for cell, expected in (("flow_late", flow), ("host_window_late", host)):
+        assert (measured[cell]["auc"], measured[cell]["ap"]) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("config", [HistoryConfig(), UNDIRECTED, HistoryConfig(max_keys=150)])
+def test_scores_do_not_depend_on_how_windows_are_cut_into_runs(config: HistoryConfig) -> None:
+    table = traffic(1)
+    at_once, one_history = in_runs(table, [], config)
+    n = len(np.unique(table.column("start_ns").to_numpy() // MINUTE))
+    rng = np.random.default_rng(5)
+    for cuts in (None, [1], sorted(rng.choice(np.arange(1, n), 6, replace=False).tolist())):
+        scores, history = in_runs(table, cuts, config)
+        assert_same(at_once, scores)
+        assert_same(one_history.state(), history.state())
+
+
+def test_scores_do_not_depend_on_chunks_or_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = in_runs(traffic(2), [])
+    monkeypatch.setattr(module, "_CHUNK", 200)
+    assert_same(expected, in_runs(traffic(2), [])[0])
+    monkeypatch.setattr(module, "_THREADED", 0)
+    assert_same(expected, in_runs(traffic(2), [])[0])
+
+
+@pytest.mark.parametrize("config", [HistoryConfig(), UNDIRECTED])
+def test_half_a_file_scores_as_the_first_half_of_the_whole(config: HistoryConfig) -> None:
+    table = traffic(3)
+    half = pc.less(table.column("start_ns"), (1_000_000 + 20) * MINUTE)
+    first, _ = in_runs(table.filter(half), [], config)
+    both, _ = in_runs(table, [], config)
+    assert_same(first, {name: column[: len(first[name])] for name, column in both.items()})
+
+
+def test_a_restored_history_goes_on_bit_for_bit() -> None:
+    flows = from_table(traffic(4))
+    run = contacts(flows, MINUTE)
+    middle, end = len(run.windows) // 2, len(run.windows)
+    history = History()
+    history.score(*windows(flows, run, 0, middle))
+    again = History.restore({name: array.copy() for name, array in history.state().items()})
+    rest = windows(flows, run, middle, end)
+    assert_same(together([history.score(*rest)]), together([again.score(*rest)]))
+    assert_same(history.state(), again.state())
+
+
+def test_a_history_is_not_restored_into_the_other_way_of_counting() -> None:
+    with pytest.raises(ValueError, match="undirected=False"):
+        History.restore(History().state(), UNDIRECTED)
+
+
+@pytest.mark.parametrize("config", [HistoryConfig(), UNDIRECTED])
+def test_a_lookup_says_what_the_next_window_will_be_told_and_learns_nothing(config: HistoryConfig) -> None:
+    flows = from_table(traffic(5), undirected=config.undirected)
+    run = contacts(flows, MINUTE)
+    history = History(config)
+    for k in range(len(run.windows)):
+        part, these = windows(flows, run, k, k + 1)
+        before = history.state()
+        looked = history.lookup(these)
+        assert_same(before, history.state())
+        scored = history.score(part, these)
+        for name in ACROSS:
+            np.testing.assert_allclose(getattr(looked, name), getattr(scored, name), atol=1e-12, err_msg=name)
+        after = history.lookup(these)
+        for name in (*AFTER, "slot"):
+            np.testing.assert_array_equal(getattr(after, name), getattr(scored, name), err_msg=name)
+        assert np.all(looked.slot[looked.known > 0] == after.slot[looked.known > 0])
+
+
+def visits(names: list[str], minutes: range, stranger: bool) -> pa.Table:
+    """Regulars who come every minute to one server, and as many strangers who come once."""
+    rows = []
+    for minute in minutes:
+        for k, name in enumerate(names):
+            common = {"dst_port": 443, "proto": 6, "src_port": 40_000, "packets_fwd": 2, "packets_rev": 2}
+            at = (5_000 + minute) * MINUTE + k * 10**8
+            rows.append(common | {"start_ns": at, "src_ip": name, "dst_ip": "server", "bytes_fwd": 100 + k})
+            if stranger:
+                rows.append(common | {"start_ns": at + 1, "src_ip": f"{name} of {minute}", "dst_ip": "other"})
+    return flow_table(rows)
+
+
+def test_the_longest_unseen_leave_and_those_who_stay_score_as_if_nobody_had_left() -> None:
+    names = [f"regular {k}" for k in range(20)]
+    table = visits(names, range(30), stranger=True)
+    free, bounded = (in_runs(table, None, HistoryConfig(max_keys=limit)) for limit in (10**6, 70))
+    assert sum(free[1].evicted.values()) == 0
+    assert bounded[1].evicted["es"] > 400
+    assert max(bounded[1].keys.values()) <= 70
+    for level in ("s", "ss", "e", "es"):
+        assert bounded[1].evicted[level] + bounded[1].keys[level] == free[1].keys[level] == 20 + 20 * 30
+    assert_same(free[0], bounded[0])
+
+
+def test_who_left_and_comes_back_is_a_first_meeting_again() -> None:
+    history = History(HistoryConfig(max_keys=30))
+    come = visits(["early"], range(1), stranger=False)
+    crowd = visits([f"crowd {k}" for k in range(40)], range(1, 2), stranger=False)
+    back = visits(["early"], range(2, 3), stranger=False)
+    known = []
+    for table in (come, crowd, back):
+        flows = from_table(table)
+        scores = history.score(flows, contacts(flows, MINUTE))
+        known.append(scores.known[0])
+        assert np.all((scores.slot >= 0) == (history.lookup(contacts(flows, MINUTE)).slot >= 0))
+    assert known == [0, 0, 0]
+    assert history.evicted["es"] >= 11
+
+
+def test_a_flood_is_one_window_of_familiarity() -> None:
+    flood = [
+        {"start_ns": 9 * MINUTE + k, "src_ip": "a", "dst_ip": "b", "proto": 6, "dst_port": 80} for k in range(5_000)
+    ]
+    once = {"start_ns": 10 * MINUTE, "src_ip": "a", "dst_ip": "b", "proto": 6, "dst_port": 80}
+    scores, history = whole(flow_table([*flood, once]))
+    assert scores.known.tolist() == [0, 1]
+    assert history.windows == 2
+
+
+def test_what_is_never_answered_earns_no_familiarity() -> None:
+    def knocks(state: str | None) -> HistoryScores:
+        common = {"src_ip": "a", "dst_ip": "b", "proto": 6, "dst_port": 22, "state": state}
+        return whole(flow_table([common | {"start_ns": k * MINUTE} for k in range(20)]))[0]
+
+    refused, accepted = knocks("REJ").terms, knocks("SF").terms
+    assert refused["B_s"][-1] == pytest.approx(math.log(20 / 0.5))
+    assert accepted["B_s"][-1] == pytest.approx(math.log(20 / 19.5))
+
+
+def test_the_first_windows_terms_are_those_done_by_hand() -> None:
+    common = {"proto": 6, "dst_port": 80, "packets_fwd": 1, "packets_rev": 1, "bytes_fwd": 0, "bytes_rev": 0}
+    rows = [common | {"src_ip": "a", "dst_ip": "b"}, common | {"src_ip": "a", "dst_ip": "c"}]
+    rows += [common | {"src_ip": "d", "dst_ip": "b", "state": "S0"}]
+    terms = whole(flow_table([row | {"start_ns": k} for k, row in enumerate(rows)]))[0].terms
+    half, d = math.log(2), math.log(2)
+    # Nothing was seen before: every B is −ln ½, so is D; a has two flows, d one; ss likewise (one service).
+    for name in ("B_s", "B_ss", "K_ss", "B_svc"):
+        assert terms[name] == pytest.approx([half] * 3)
+    assert terms["D"] == pytest.approx([d] * 3)
+    assert terms["F_s"] == pytest.approx([math.log(3) - math.log(2)] * 2 + [math.log(2) - math.log(3)])
+    assert terms["F_ss"] == pytest.approx(terms["F_s"])
+    assert terms["C_ss"] == pytest.approx([0] * 3)
+    assert terms["P_ss"] == pytest.approx([math.log(2)] * 3)
+    # All tokens of −ln p: p = 10 · (20 e^−D/20)/10 = e^−D.
+    assert terms["dc"] == pytest.approx([d] * 3)
+    assert terms["fail"].tolist() == [0, 0, 1]
+    weights = {"B_s": 1, "B_ss": 0.5, "K_ss": 0.25, "B_svc": 0.5, "F_s": 0.5, "F_ss": 1, "P_ss": 0.5, "dc": 0.5}
+    expected = sum(w * terms[name] for name, w in weights.items()) + 1.5 * terms["fail"]
+    assert terms["history"] == pytest.approx(expected)
+
+
+def test_a_hosts_window_sums_over_peers_the_highest_flow_of_each() -> None:
+    table = traffic(6, minutes=6)
+    scores, _ = whole(table)
+    frame = table.select(["start_ns", "src_ip", "dst_ip"]).to_pandas().assign(score=scores.flow_score)
+    frame["window"] = frame.start_ns // MINUTE
+    best = frame.groupby(["window", "src_ip", "dst_ip"]).score.max()
+    expected = np.log(np.exp(best).groupby(["window", "src_ip"]).sum())
+    names = np.asarray(from_table(table).hosts.names.to_pylist(), object)
+    ours = pd.Series(scores.score, pd.MultiIndex.from_arrays([scores.window, names[scores.host]]))
+    assert len(ours) == len(expected)
+    np.testing.assert_allclose(ours.sort_index(), expected.sort_index())
+
+
+def test_unknown_volumes_say_nothing_and_teach_nothing() -> None:
+    common = {"src_ip": "a", "dst_ip": "b", "proto": 6, "dst_port": 80}
+    rows = [common | {"start_ns": k * MINUTE, "bytes_fwd": 500 if k % 2 else None} for k in range(40)]
+    rows += [common | {"start_ns": 40 * MINUTE, "bytes_fwd": 10**9}]
+    known = [row for row in rows if row.get("bytes_fwd") is not None]
+    mixed, clean = whole(flow_table(rows))[0].terms["V_fwd"], whole(flow_table(known))[0].terms["V_fwd"]
+    assert mixed[-1] == clean[-1] > 10
+    assert np.all(mixed[:-1:2] == 0)
+
+
+def test_a_regular_pair_gathers_evidence_and_an_irregular_one_does_not() -> None:
+    rng = np.random.default_rng(7)
+    regular = np.cumsum(rng.normal(90, 1, 100))
+    poisson = np.cumsum(rng.exponential(90, 100))
+    rows = [{"start_ns": int(t * 1e9), "src_ip": "beats", "dst_ip": "x"} for t in regular]
+    rows += [{"start_ns": int(t * 1e9), "src_ip": "wanders", "dst_ip": "y"} for t in poisson]
+    rows = [row | {"proto": 6, "dst_port": 443} for row in sorted(rows, key=lambda row: int(row["start_ns"]))]
+    terms = whole(flow_table(rows))[0].terms
+    beats = np.array([row["src_ip"] == "beats" for row in rows])
+    assert terms["LLR"][beats].max() > 100
+    assert terms["LLR"][~beats].max() < 10
+    assert terms["Z"][beats].max() > 5 > terms["Z"][~beats].max()
+
+
+def test_windows_are_learnt_once_and_in_order() -> None:
+    flows = from_table(traffic(8, minutes=3))
+    run = contacts(flows, MINUTE)
+    history = History()
+    history.score(flows, run)
+    with pytest.raises(ValueError, match="not later than"):
+        history.score(flows, run)
+    with pytest.raises(ValueError, match="same run"):
+        History().score(flows.take(slice(0, 3)), run)
+
+
+def test_no_flows_are_no_windows() -> None:
+    flows = from_table(flow_table([]))
+    scores = History().score(flows, contacts(flows, MINUTE))
+    assert len(scores.flow_score) == len(scores.score) == len(scores.known) == 0
+
+
+def test_the_tail_of_student_is_scipys() -> None:
+    for nu in (*range(2, 53), 2.5, 7.3, 200.0):
+        z = np.concatenate([np.linspace(0.1, 8, 80), np.geomspace(8, 1e4, 40)])
+        ours, theirs = np.array([log_tail(float(x), float(nu)) for x in z]), student.logsf(z, nu)
+        told = np.isfinite(theirs)  # scipy takes the logarithm of a tail that underflows
+        np.testing.assert_allclose(ours[told], theirs[told], rtol=1e-9)
+        assert np.all(np.isfinite(ours))
+        assert np.all(np.diff(ours) < 0)
