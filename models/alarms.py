@@ -1,0 +1,327 @@
+"""Alarms: analytics over what arrives, calibrated, within a budget of false findings that the operator sets.
+
+`Alarms.step` takes the contacts of one pane and returns the findings that it created, updated or closed. Every record
+enters once, when it arrives; nothing said is taken back; the same steps give the same findings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flowsage.collector.errors import ConfigurationError
+from flowsage.graph.build import Contacts
+from flowsage.models import analytics as an
+from flowsage.models import beacon, levels
+from flowsage.models.calibration import Calibration, Readiness
+from flowsage.models.cells import Memory
+from flowsage.models.episodes import QUIET, Episodes, Offer
+from flowsage.models.explain import META, Evidence, Explained, Finding, explain
+from flowsage.models.inside import Inside
+
+__all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding", "Looked"]
+
+Array = npt.NDArray[Any]
+
+GRANDFATHERED = 30 * an.MINUTE
+"""A beat that was there before this much of the stream, or of its source's life, is how they are."""
+
+VERSION = 1
+
+
+class Looked(Protocol):
+    """What history knows of c contacts, as of the last closed window (`history.HistoryScores` is one)."""
+
+    @property
+    def known(self) -> Array:
+        """[c] earlier windows of the contact."""
+
+    @property
+    def pair_known(self) -> Array:
+        """[c] earlier windows of the pair."""
+
+    @property
+    def service_known(self) -> Array:
+        """[c] earlier windows of (source, service)."""
+
+    @property
+    def C_ss(self) -> Array:
+        """[c] surprise of the service at the source, nats."""
+
+    @property
+    def sources(self) -> Array:
+        """[c] distinct sources of (target, service)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """Settings of the alarms.
+
+    budget         false findings a day per 100 hosts that open flows
+    least_a_day    false findings a day that the smallest network may have
+    block_ns       step of the calibration; budgets and p-values are per host and block
+    time_scale     how much faster than life everything happens: time constants, blocks, ages and gaps are divided by it
+                   (a lab in which a day takes 24 minutes has 60)
+    ready_blocks, ready_host_blocks    calibration that must have been seen before anything is raised
+    internal       networks whose hosts are ours (names that are no addresses are); None: private addresses
+    max_keys       of each kind (hosts, pairs …); those longest unseen are forgotten, counted
+    log            contacts remembered as evidence, half of them new or failed ones
+    """
+
+    budget: float = 10.0
+    least_a_day: float = 1.0
+    block_ns: int = 900 * 10**9
+    pane_ns: int = 10 * 10**9
+    time_scale: float = 1.0
+    ready_blocks: int = 4
+    ready_host_blocks: int = 24
+    internal: tuple[str, ...] | None = None
+    max_keys: int = 500_000
+    log: int = 32_768
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be (ConfigurationError)."""
+        for name in ("budget", "block_ns", "pane_ns", "time_scale", "ready_blocks", "max_keys", "log"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"alarms: {name} is {getattr(self, name)}, it must be above 0")
+
+
+class Alarms:
+    """The alarms' memory, calibration and episodes. Steps must come in the order of their times."""
+
+    def __init__(self, config: AlarmConfig | None = None) -> None:
+        self.config = c = config or AlarmConfig()
+        self.memory = Memory()
+        self.calibration = Calibration()
+        self.episodes = Episodes(c.time_scale)
+        self.steps = 0
+        self.contacts_seen = 0
+        self._block_ns = max(1, int(c.block_ns / c.time_scale))
+        self._blocks_a_day = an.DAY * 1e9 / c.block_ns
+        self._origin_ns: int | None = None
+        self._now = -1.0
+        self._block = -1
+        self._ready_at = -1.0
+        self._active: tuple[list[Array], list[Array]] = ([], [])
+        half = max(1, c.log // 2)
+        self._log_meta = np.full((2 * half, META), -1, np.int64)
+        self._log_inc = np.zeros((2 * half, levels.A), np.float32)
+        self._log_at = np.zeros(2, np.int64)
+        self._tau = np.where(an.TAU > 0, an.TAU / c.time_scale, 0.0)
+        self._span = np.maximum(self._block_ns / 1e9, self._tau)
+        self._fade = np.log(2.0) / (an.WEEK / c.time_scale)
+        self._inside = Inside(c.internal)
+        self._parameters = self.calibration.parameters()
+
+    def readiness(self) -> Readiness:
+        """Whether alarms are raised yet, and why not."""
+        return self.calibration.readiness(self.config.ready_blocks, self.config.ready_host_blocks)
+
+    @property
+    def allowed(self) -> float:
+        """The largest p of a host in a block that is raised."""
+        return self.calibration.allowed(self.config.budget, self.config.least_a_day, self._blocks_a_day)
+
+    def step(self, now_ns: int, contacts: Contacts, looked: Looked, tails: Array) -> list[Finding]:
+        """Findings created, updated or closed by the c contacts that arrived until `now_ns` (ns, the end of the pane).
+
+        tails f8[c]: plausibility of first meetings (NaN: not asked, or not ready).
+        """
+        if self._origin_ns is None:
+            self._origin_ns = (now_ns - 1) // self._block_ns * self._block_ns
+        block = (now_ns - 1) // self._block_ns
+        if block > self._block:
+            self._roll(block)
+        # Two steps at one time would be one touch: the later one counts as a moment later.
+        now = max((now_ns - self._origin_ns) / 1e9, self._now + 1e-6)
+        self._now = now
+        self.steps += 1
+        told: list[Finding] = []
+        if len(contacts):
+            self.contacts_seen += len(contacts)
+            found, values = self._measure(now, contacts, looked, np.asarray(tails, np.float64))
+            if len(found):
+                told = self.episodes.offer(now_ns, self._offers(contacts, found, values), self.allowed)
+        return told + self.episodes.close(now_ns)
+
+    def _roll(self, block: int) -> None:
+        """A block has ended (or several, of which all but one were empty)."""
+        if self._block >= 0:
+            empty = np.empty(0, np.int64)
+            active = tuple(np.concatenate(a) if a else empty for a in self._active)
+            h, scale = self.memory.hosts.arrays, self.config.time_scale
+            self.calibration.flush(
+                (active[0], active[1]), h["best"], h["run"], h["last"], h["excluded"], h["born"], self._now,
+                self._block, (an.HOUR / scale, an.DAY / scale),
+            )  # fmt: skip
+            h["causes"][np.concatenate(active)] = 0.0
+            self._forget()
+        self._block, self._active = block, ([], [])
+        self._parameters = self.calibration.parameters()
+        if self._ready_at < 0 and self.readiness().ready:
+            self._ready_at = self._now
+
+    def _forget(self) -> None:
+        """Keep to `max_keys`, between blocks when nobody holds a slot but the log."""
+        for store in self.memory.stores.values():
+            remap = store.evict(self.config.max_keys)
+            if remap is not None and store is self.memory.hosts:
+                used = self._log_meta[:, 6] >= 0
+                for column in (0, 1):
+                    self._log_meta[used, column] = remap[self._log_meta[used, column]]
+                self._log_meta[(self._log_meta[:, :2] < 0).any(1)] = -1
+
+    def _measure(self, now: float, c: Contacts, looked: Looked, tails: Array) -> tuple[Array, Array]:
+        """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `levels.judge` writes them."""
+        n, m, config = len(c), self.memory, self.config
+        source, target = c.hosts.hash[c.src], c.hosts.hash[c.dst]
+        slots = np.empty((5, n), np.int32)
+        before = len(m.hosts.table)
+        slots[:2] = m.hosts.slots(np.concatenate((source, target)), self._block).reshape(2, n)
+        if len(m.hosts.table) > before:
+            self._name(before, slots, c)
+        keys = np.empty((3, n), np.uint64)
+        levels.key_hashes(source, target, c.service, keys)
+        for j, store in enumerate((m.services, m.pairs, m.contacts)):
+            slots[2 + j] = store.slots(keys[j], self._block)
+        h = m.hosts.arrays
+        born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
+        cells = tuple(s.arrays["cells"].reshape(-1, 6) for s in (m.hosts, m.services, m.pairs, m.contacts))
+        touched = np.empty((n * levels.A + n, 3), np.int32)
+        active = np.empty((2, n), np.int64)
+        known = np.stack((looked.known, looked.pair_known, looked.service_known)) > 0
+        raised, sources, targets = levels.raise_levels(  # type: ignore[call-arg]
+            slots, c.service, np.stack((c.flows, c.answered, c.failed)), c.told, c.bytes_fwd - c.bytes_rev, known,
+            np.asarray(looked.C_ss, np.float64), tails, np.stack((c.first_ns, c.last_ns)), *cells, h["born"], born,
+            h["inside"], h["record"], h["active"], self._tau, self._span, an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET,
+            self._fade, now, self._block, self._log_inc, self._log_meta, self._log_at, touched, active,
+        )  # fmt: skip
+        self._active[0].append(active[0, :sources])
+        self._active[1].append(active[1, :targets])
+        raised = self._beats(now, c, slots, looked, touched, raised, cells[3])
+        found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
+        scale = config.time_scale
+        allowed = self.allowed if self._ready_at >= 0 else -1.0
+        count = levels.judge(  # type: ignore[call-arg]
+            touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._span, an.COLUMN,
+            an.KIND, an.WIDTH, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE,
+            an.JOINT, h["best"], h["causes"], h["excluded"], self._fade, now, an.HOUR / scale, an.DAY / scale,
+            QUIET / scale, allowed, found, values,
+        )  # fmt: skip
+        return found[:count], values[:count]
+
+    def _beats(
+        self, now: float, c: Contacts, slots: Array, looked: Looked, touched: Array, raised: int, cells: Array
+    ) -> int:
+        """Beats of the pane's contacts into the cells of the beacon analytic."""
+        m, scale = self.memory, self.config.time_scale
+        assert self._origin_ns is not None
+        codes = m.codes.slots((c.service.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15), self._block)
+        strength = np.empty(len(c))
+        settled = max(GRANDFATHERED / scale, self._ready_at if self._ready_at >= 0 else np.inf)
+        beacon.beats(
+            slots[4], codes, (c.first_ns - self._origin_ns) / 1e9, np.log1p(c.bytes_fwd / c.flows),
+            np.asarray(looked.sources, np.float64), m.contacts.arrays["beat"], m.codes.arrays["tally"],
+            m.contacts.arrays["born"], np.maximum(settled, m.hosts.arrays["born"][slots[0]] + GRANDFATHERED / scale),
+            scale, strength,
+        )  # fmt: skip
+        return int(
+            levels.set_statistic(
+                cells, slots[4], strength, an.BEACON, 1, 0, now, self._span[an.BEACON], touched, raised
+            )
+        )
+
+    def _name(self, before: int, slots: Array, c: Contacts) -> None:
+        """Names of the hosts whose slots are `before` and above, and whether they are ours."""
+        both = slots[:2].ravel()
+        new = np.flatnonzero(both >= before)
+        which, first = np.unique(both[new], return_index=True)
+        index = np.concatenate((c.src, c.dst))[new[first]]
+        names = c.hosts.names.take(pa.array(index))
+        if pa.types.is_dictionary(names.type):
+            names = pc.cast(names, pa.string())
+        arrays = self.memory.hosts.arrays
+        arrays["name"][which] = names.to_numpy(zero_copy_only=False)
+        arrays["inside"][which] = self._inside(names)
+
+    def _offers(self, c: Contacts, found: Array, values: Array) -> list[Offer]:
+        """The smallest p of each host and analytic, as offers to the episodes."""
+        order = np.lexsort((found[:, 2], values[:, 3], found[:, 0], found[:, 4]))
+        found, values = found[order], values[order]
+        first = np.r_[True, (np.diff(found[:, [4, 0]], axis=0) != 0).any(1)]
+        names = self.memory.hosts.arrays["name"]
+        offers = []
+        for (a, row, contact, _, host), (_, x, record, p) in zip(found[first], values[first], strict=True):
+            offers.append(
+                Offer(str(names[host]), int(a), float(p), self._why(c, int(a), int(row), int(contact), x, record))
+            )
+        return offers
+
+    def _why(self, c: Contacts, a: int, row: int, contact: int, x: float, record: float) -> Any:
+        """How to explain one alarm, when somebody is to be told."""
+
+        def why() -> Explained:
+            assert self._origin_ns is not None
+            m = self.memory
+            source, target = m.hosts.table.find(c.hosts.hash[[c.src[contact], c.dst[contact]]])
+            beat: tuple[float, float, int] | None = None
+            causes: tuple[str, ...] = ()
+            tau = float(self._tau[a])
+            if a == an.BEACON:
+                s = m.contacts.arrays["beat"][row]
+                period = float(np.exp(s[beacon.MEAN]))
+                beat = (period, float(np.sqrt(s[beacon.SQUARES] / max(1.0, s[beacon.GAPS]))), int(s[beacon.BEATS]))
+                tau = max(period * (beat[2] + 1), 1.0)
+            elif a == an.JOINT:
+                causes = tuple(f for f, v in zip(an.FAMILIES, m.hosts.arrays["causes"][source], strict=True) if v > 0)
+                tau = float(self._block_ns / 1e9)
+            return explain(
+                (self._log_meta, self._log_inc), m.hosts.arrays["name"], a,
+                (int(source), int(target), int(c.service[contact])), x, record, int(self._now * 1e9), self._origin_ns,
+                tau, beat, causes,
+            )  # fmt: skip
+
+        return why
+
+    def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """(arrays, values for JSON): all that goes on. `restore` goes on bit for bit."""
+        arrays = {f"memory/{k}": v for k, v in self.memory.state().items()}
+        arrays |= {f"calibration/{k}": v for k, v in self.calibration.state().items()}
+        arrays |= {"log/meta": self._log_meta.copy(), "log/inc": self._log_inc.copy(), "log/at": self._log_at.copy()}
+        for role, parts in enumerate(self._active):
+            arrays[f"active/{role}"] = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        values = {
+            "version": VERSION, "origin_ns": self._origin_ns, "now": self._now, "block": self._block,
+            "ready_at": self._ready_at, "steps": self.steps, "contacts_seen": self.contacts_seen,
+            "episodes": self.episodes.state(),
+        }  # fmt: skip
+        return arrays, values
+
+    @classmethod
+    def restore(cls, config: AlarmConfig, arrays: dict[str, Array], values: dict[str, Any]) -> Alarms:
+        """The alarms that `state` describes, under the same configuration."""
+        if values.get("version") != VERSION:
+            raise ConfigurationError(
+                f"alarms: the saved state has version {values.get('version')}, this program reads {VERSION}"
+            )
+        alarms = cls(config)
+
+        def part(name: str) -> dict[str, Array]:
+            return {k.removeprefix(name): v for k, v in arrays.items() if k.startswith(name)}
+
+        alarms.memory = Memory.restore(part("memory/"))
+        alarms.calibration = Calibration.restore(part("calibration/"))
+        alarms.episodes = Episodes.restore(values["episodes"], config.time_scale)
+        alarms._log_meta, alarms._log_inc, alarms._log_at = (arrays[f"log/{k}"].copy() for k in ("meta", "inc", "at"))
+        alarms._active = ([arrays["active/0"]], [arrays["active/1"]])
+        alarms._origin_ns, alarms._now, alarms._block = values["origin_ns"], values["now"], values["block"]
+        alarms._ready_at, alarms.steps, alarms.contacts_seen = (
+            values[k] for k in ("ready_at", "steps", "contacts_seen")
+        )
+        alarms._parameters = alarms.calibration.parameters()
+        return alarms

@@ -1,0 +1,187 @@
+"""The analytics: statistics of a host or a pair, each with a name that a person understands (DETECTION.md, part 3).
+
+`TABLE` declares them all, one row each. A contact of a pane raises the *level* of the keys that it belongs to, by what
+`contributions` says; the level is a leaky sum with time constant τ, x = ln(1 + level), and the *excess* S = x − R says
+by how much x passes the record R of that key (`levels.py`). Beacon and joint have statistics of their own (`beacon.py`,
+`levels.py`) and share everything after that: excess, calibration, alarm, finding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.graph.flows import SERVICE_BITS
+from flowsage.models.prior import PRIOR
+
+F8 = npt.NDArray[np.float64]
+
+MINUTE, HOUR, DAY, WEEK = 60.0, 3_600.0, 86_400.0, 604_800.0
+
+HOST, SERVICE, PAIR, CONTACT = range(4)
+"""What a key is of: a host, (source, service), (source, target), (source, target, service)."""
+
+BYTES_SCALE = 1e4
+"""Bytes in one unit of level: below ten kilobytes nothing is worth a word."""
+
+LOGIN_PORTS = (21, 22, 23, 1433, 3306, 3389, 5432, 5900)
+"""TCP services that ask for a password."""
+
+ADMIN_PORTS = (22, 23, 135, 139, 445, 3389, 5900, 5985, 5986)
+"""TCP services through which one host is given orders by another."""
+
+
+@dataclass(frozen=True)
+class Analytic:
+    """One analytic.
+
+    family     findings of one host and one family are one finding
+    role       whether the host that it speaks of is the "source" or the "target" of the contacts
+    kind       HOST, SERVICE, PAIR or CONTACT: what it keeps a level of
+    tau        time constant of the level, seconds; 0: the statistic is computed, not summed
+    technique  MITRE ATT&CK id, or None
+    unit       what the level counts, as a person reads it after the number
+    words      the sentence; {host} {peer} {service} {observed} {count} {span} are filled in
+    least      level below which nobody would act on it, so nothing is raised: in `unit`
+    learns     whether what was named becomes record once it is over: a backup is told once, a scan each time
+    scale      how much of `unit` one unit of level is
+    """
+
+    name: str
+    family: str
+    role: str
+    kind: int
+    tau: float
+    technique: str | None
+    unit: str
+    words: str
+    least: float
+    learns: bool = False
+    scale: float = 1.0
+
+    @property
+    def prior(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(rate of exceedances a host-block, mean excess), each by age group; measured, see `prior.py`."""
+        return PRIOR[self.name]
+
+
+TABLE: tuple[Analytic, ...] = (
+    Analytic("burst", "volume", "source", SERVICE, MINUTE, None, "flows",
+             "{host} opened {observed} flows on {service} in {span}", 40, True),
+    Analytic("fan", "scan", "source", HOST, MINUTE, "T1018", "new peers",
+             "{host} met {observed} new peers{on} in {span}", 8),
+    Analytic("sweep", "scan", "source", SERVICE, 4 * HOUR, "T1046", "new peers (an answered one counts a quarter)",
+             "{host} tried {count} new peers on {service} in {span}", 4),
+    Analytic("ports", "scan", "source", PAIR, 4 * HOUR, "T1046", "new services",
+             "{host} tried {observed} new services of {peer} in {span}", 10),
+    Analytic("guess", "credential", "source", PAIR, HOUR, "T1110", "sessions",
+             "{host} opened {observed} sessions on {service} of {peer} in {span}", 10),
+    Analytic("fail", "scan", "source", HOST, HOUR, "T1046", "failed flows",
+             "{observed} flows of {host}{on} failed in {span}", 10),
+    Analytic("lateral", "lateral", "source", HOST, HOUR, "T1021", "new internal peers",
+             "{host} reached {observed} new internal peers{on} in {span}", 3),
+    Analytic("exfil", "exfiltration", "source", PAIR, MINUTE, "T1048", "bytes",
+             "{host} sent {peer} {observed} more than it received in {span}", 5e5, True, BYTES_SCALE),
+    Analytic("drip", "exfiltration", "source", PAIR, 4 * HOUR, "T1030", "bytes",
+             "{host} sent {peer} {observed} more than it received in {span}", 2e5, True, BYTES_SCALE),
+    Analytic("flood", "flood", "target", HOST, HOUR, "T1498", "flows",
+             "{host} was sent {observed} flows{on} in {span}", 50, True),
+    Analytic("fan-in", "flood", "target", HOST, HOUR, "T1498", "new sources",
+             "{host} was met by {observed} new sources{on} in {span}", 20),
+    Analytic("fail-in", "flood", "target", HOST, HOUR, "T1046", "failed flows",
+             "{observed} flows to {host}{on} failed in {span}", 20),
+    Analytic("novelty", "novelty", "source", HOST, HOUR, None, "nats of new services",
+             "{host} used {count} services that are new to it in {span}", 8),
+    Analytic("beacon", "beacon", "source", CONTACT, 0.0, "T1071", "strength of the beat",
+             "{host} calls {peer} on {service} like a clock, {beats}", 1),
+    Analytic("meeting", "novelty", "source", HOST, HOUR, "T1078", "nats of implausible first meetings",
+             "{host} met {count} peers that hosts like it do not meet in {span}", 8),
+    Analytic("joint", "joint", "source", HOST, 0.0, None, "nats of several causes",
+             "{host} does several unusual things at once", 4),
+)  # fmt: skip
+
+NAMES = tuple(a.name for a in TABLE)
+FAMILIES = tuple(dict.fromkeys(a.family for a in TABLE))
+(
+    BURST,
+    FAN,
+    SWEEP,
+    PORTS,
+    GUESS,
+    FAIL,
+    LATERAL,
+    EXFIL,
+    DRIP,
+    FLOOD,
+    FAN_IN,
+    FAIL_IN,
+    NOVELTY,
+    BEACON,
+    MEETING,
+    JOINT,
+) = range(len(TABLE))
+KIND = np.array([a.kind for a in TABLE], np.int64)
+FAMILY = np.array([FAMILIES.index(a.family) for a in TABLE], np.int64)
+IS_TARGET = np.array([a.role == "target" for a in TABLE])
+TAU = np.array([a.tau for a in TABLE])
+COLUMN = np.array([sum(b.kind == a.kind for b in TABLE[:i]) for i, a in enumerate(TABLE)], np.int64)
+"""Position of an analytic among those of its kind."""
+SHARE = np.array([0.35 if a.name == "beacon" else 0.065 for a in TABLE])
+"""Share of an analytic in the budget: p of a host is the smallest p / share (weighted Bonferroni, Genovese 2006,
+with ten effectively independent analytics). A beat's p falls slowly, that of the others by powers of ten a minute, so
+it needs the larger share and they hardly miss it."""
+LEARNS = np.array([a.learns for a in TABLE])
+LEAST = np.array([a.least if a.tau == 0 else np.log1p(a.least / a.scale) for a in TABLE])
+"""x below which nothing is raised."""
+WIDTH = np.array([sum(a.kind == k for a in TABLE) for k in range(4)], np.int64)
+"""Number of analytics of each kind."""
+
+SURPRISE, SURPRISE_MOST = 2.0, 8.0
+"""A first use counts by how far its surprise passes the first, at most the second, nats."""
+
+
+@numba.njit(cache=True, nogil=True)
+def _among(port, ports):  # type: ignore[no-untyped-def]
+    found = False
+    for p in ports:
+        found |= port == p
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def contributions(  # type: ignore[no-untyped-def]
+    service, flows, answered, failed, told, sent, inside, new_pair, new_contact, new_service, surprise, tail, out
+):
+    """What one contact adds to the level of each analytic: out f8[A].
+
+    service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; inside: (source,
+    target) are internal; new_*: the pair, the contact (source, target, service), the source's use of the service was
+    never counted before; surprise: C_ss, nats; tail: plausibility of the first meeting, NaN where not asked.
+    """
+    out[:] = 0.0
+    tcp = (service >> SERVICE_BITS) - 1 == 6
+    port = (service & ((1 << SERVICE_BITS) - 1)) - 1
+    out[BURST] = flows
+    out[FLOOD] = flows
+    out[FAIL] = failed
+    out[FAIL_IN] = failed
+    if new_pair:
+        out[FAN] = 1.0
+        out[FAN_IN] = 1.0
+    if new_contact:
+        out[SWEEP] = 0.25 if answered > 0 or not told else 1.0
+        out[PORTS] = 1.0
+        if tcp and inside[0] and inside[1] and _among(port, ADMIN_PORTS):
+            out[LATERAL] = 1.0
+        if not np.isnan(tail):
+            out[MEETING] = min(SURPRISE_MOST, max(0.0, -np.log(max(tail, 1e-12)) - SURPRISE))
+    if new_service:
+        out[NOVELTY] = min(SURPRISE_MOST, max(0.0, surprise - SURPRISE))
+    if tcp and _among(port, LOGIN_PORTS):
+        out[GUESS] = flows
+    if inside[0] and sent > 0:
+        out[EXFIL] = sent / BYTES_SCALE
+        out[DRIP] = sent / BYTES_SCALE

@@ -1,0 +1,116 @@
+"""Beacons: contacts that repeat like a clock, seen as gaps that are regular rather than random.
+
+A *visit* begins after some silence; the gaps between visits are told apart by a likelihood ratio, accumulated as a
+CUSUM: regular gaps (Student-t of ln gap, normal-inverse-gamma, one gap in ten may be anything) against a Poisson process
+(gaps exponential, their rate Gamma distributed). Strength of a beat, as DETECTION.md part 3 has it:
+
+    Z = min(150, max(0, LLR − 8)) / 10 · 1 / (sources of the destination)
+        · (1 − regular pairs of the service / (pairs + 2)) · 1 / (1 + 2 sd of ln bytes)
+        · 1 / (1 + 2 max(0, sd of ln gap − .3))
+
+0 for what was there in the first windows of the stream, or of its source.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+F8 = npt.NDArray[np.float64]
+
+SEEN, VISIT, GAPS, MEAN, SQUARES, SUM, LLR, SIZES, SIZE_MEAN, SIZE_SQUARES, REGULAR, BEATS, SINCE = range(13)
+"""Columns of a contact's state: times of the last flow and the last visit (s), moments of ln gap and the sum of gaps,
+the likelihood ratio, moments of ln bytes, whether it counts as regular, beats of the present run, its begin."""
+COLUMNS = 13
+
+MEMORY = 50.0
+SILENCE, LEAST_GAP = 10.0, 20.0
+"""Seconds of silence that end a visit, and the shortest gap between visits that may be a beat; over time_scale."""
+
+JITTER = 0.3
+"""Standard deviation of ln gap that a clock may have: bursts among long gaps are unlike Poisson, and no clock."""
+
+BEGIN, END = 10.0, 2.0
+"""A contact becomes regular above the first, stops being so at the second."""
+
+
+@numba.njit(cache=True, nogil=True)
+def _gap(state, k, gap):  # type: ignore[no-untyped-def]
+    """One gap into the likelihood ratio and the moments of contact `k`."""
+    log_gap = math.log(gap)
+    count, total = state[k, GAPS], state[k, SUM]
+    if count > 0:
+        kn, an, bn = 1.0 + count, 1.0 + count / 2, 0.02 + 0.5 * state[k, SQUARES]
+        scale, nu = math.sqrt(bn * (kn + 1) / (an * kn)), 2 * an
+        z = (log_gap - state[k, MEAN]) / scale
+        regular = (
+            math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - 0.5 * math.log(nu * math.pi)
+            - math.log(scale) - (nu + 1) / 2 * math.log1p(z * z / nu)
+        )  # fmt: skip
+        poisson = math.log(count) + count * math.log(total) - (count + 1) * math.log(total + gap) + log_gap
+        ratio = math.log(0.9 * math.exp(regular) + 0.1 * math.exp(poisson) + 1e-300) - poisson
+        state[k, LLR] = min(200.0, max(0.0, state[k, LLR] + ratio))
+    count += 1.0
+    if count > MEMORY:
+        count = MEMORY
+        state[k, SQUARES] *= MEMORY / (MEMORY + 1)
+        state[k, SUM] = total * MEMORY / (MEMORY + 1)
+    delta = log_gap - state[k, MEAN]
+    state[k, GAPS] = count
+    state[k, MEAN] += delta / count
+    state[k, SQUARES] += delta * (log_gap - state[k, MEAN])
+    state[k, SUM] += gap
+
+
+@numba.njit(cache=True, nogil=True)
+def beats(slots, services, first, size, sources, state, tally, born, grandfathered, time_scale, strength):  # type: ignore[no-untyped-def]
+    """Strength Z f8[c] of the beat of each contact of a pane.
+
+    slots, services i32[c] into state f8[·, 13] and tally f8[·, 2] (pairs of a service, regular ones among them);
+    first s[c], start of its first flow; size f8[c] = ln(1 + bytes a flow); sources f8[c] of (target, service);
+    born f8[·]: what was born before `grandfathered` s[c] has no strength.
+    """
+    silence, least = SILENCE / time_scale, LEAST_GAP / time_scale
+    for i in range(len(slots)):
+        k, v = slots[i], services[i]
+        strength[i] = 0.0
+        if state[k, SIZES] == 0.0:
+            state[k, SEEN] = state[k, VISIT] = state[k, SINCE] = first[i]
+            tally[v, 0] += 1.0
+        t = first[i]
+        if t - state[k, SEEN] > silence:
+            gap = t - state[k, VISIT]
+            state[k, VISIT] = t
+            if gap >= least:
+                _gap(state, k, gap)
+            else:
+                state[k, LLR] = max(0.0, state[k, LLR] - 1.0)
+            if state[k, LLR] == 0.0:
+                state[k, BEATS], state[k, SINCE] = 0.0, t
+            state[k, BEATS] += 1.0
+        state[k, SEEN] = max(state[k, SEEN], t)
+        ratio = state[k, LLR]
+        if ratio > BEGIN and state[k, REGULAR] == 0.0:
+            state[k, REGULAR] = 1.0
+            tally[v, 1] += 1.0
+        if ratio <= END and state[k, REGULAR] == 1.0:
+            state[k, REGULAR] = 0.0
+            tally[v, 1] -= 1.0
+        seen = min(MEMORY, state[k, SIZES] + 1.0)
+        if state[k, SIZES] >= MEMORY:
+            state[k, SIZE_SQUARES] *= MEMORY / (MEMORY + 1)
+        delta = size[i] - state[k, SIZE_MEAN]
+        state[k, SIZES] = seen
+        state[k, SIZE_MEAN] += delta / seen
+        state[k, SIZE_SQUARES] += delta * (size[i] - state[k, SIZE_MEAN])
+        if ratio > 8.0 and born[k] > grandfathered[i]:
+            spread = math.sqrt(max(0.0, state[k, SIZE_SQUARES]) / seen)
+            jitter = math.sqrt(max(0.0, state[k, SQUARES]) / max(1.0, state[k, GAPS]))
+            others = max(0.0, tally[v, 1] - state[k, REGULAR])
+            strength[i] = (
+                min(150.0, ratio - 8.0) / 10.0 / max(1.0, sources[i])
+                * (1.0 - others / (tally[v, 0] + 2.0)) / (1.0 + 2.0 * spread) / (1.0 + 2.0 * max(0.0, jitter - JITTER))
+            )  # fmt: skip

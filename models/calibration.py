@@ -1,0 +1,176 @@
+"""Calibration: from an excess to the probability that benign traffic shows one as large in a host-block.
+
+For S > u, an analytic and an age group,
+
+    p = (k + k0) / (N + N0) · (1 + (S − u) / (b0 + E))^−(a0 + k)
+
+the posterior predictive of a Poisson rate of exceedances (prior k0 in N0 host-blocks) times that of an exponential
+excess with a Gamma(a0, b0) prior on its rate (a Lomax tail). N counts *all* active host-blocks, not only those where
+the analytic fired; k counts exceedance events, one that lasts over several blocks once; E sums their excess, winsorised,
+so
+that one attack that is never named cannot teach that the sky is the limit. What was raised is left out of k and E.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.models.analytics import HOST, IS_TARGET, KIND, TABLE
+from flowsage.models.prior import GROUPS
+
+F8 = npt.NDArray[np.float64]
+I8 = npt.NDArray[np.int64]
+
+THRESHOLD = 0.5
+"""u: an excess is looked at from here."""
+
+N0, A0 = 400.0, 16.0
+"""Prior strength: host-blocks behind the rate, exceedances behind the mean excess."""
+
+WINSOR = 5.0
+"""An exceedance counts at most this many mean excesses."""
+
+BRIDGE = 4
+"""Exceedances of a host that are at most this many blocks apart are one event."""
+
+
+@numba.njit(cache=True, nogil=True)
+def tail(excess, rate, shape, scale):  # type: ignore[no-untyped-def]
+    """p of an excess S > u; rate = (k+k0)/(N+N0), shape = a0+k, scale = b0+E."""
+    return min(1.0, rate * (1.0 + (excess - THRESHOLD) / scale) ** -shape)
+
+
+@numba.njit(cache=True, nogil=True)
+def _flush(active, role, is_target, best, run, last, excluded, births, now, block, ages, k, e, prior_k, prior_b, n):  # type: ignore[no-untyped-def]
+    """End of a block for the hosts `active` in `role`: count it, and the exceedances in `best`, which is emptied."""
+    analytics, groups = k.shape
+    for host in active:
+        age = now - births[host]
+        n[role, 0 if age < ages[0] else (1 if age < ages[1] else 2)] += 1.0
+        fresh = block - last[host, role] > BRIDGE
+        last[host, role] = block
+        for a in range(analytics):
+            if is_target[a] != (role == 1):
+                continue
+            for g in range(groups):
+                at = a * groups + g
+                excess = best[host, at] - THRESHOLD
+                best[host, at] = 0.0
+                before = 0.0 if fresh else run[host, at]
+                run[host, at] = max(0.0, excess)
+                if excess <= 0.0 or excluded[host, a]:
+                    continue
+                excess = min(excess, WINSOR * (prior_b[a, g] + e[a, g]) / (A0 + k[a, g]))
+                if before <= 0.0:
+                    k[a, g] += 1.0
+                if excess > before:
+                    e[a, g] += excess - before
+                run[host, at] = max(before, excess)
+            excluded[host, a] = False
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether p-values carry yet, and if not, why. "Not ready" is a value of its own, never a p of 1."""
+
+    ready: bool
+    reason: str
+
+
+class Calibration:
+    """k, E [A, 4] by analytic and age group and N [2, 3] active host-blocks by role (source, target) and age of host.
+
+    >>> c = Calibration()
+    >>> c.readiness(blocks_needed=1, host_blocks_needed=10).reason
+    'not ready: 0 of 1 blocks and 0 of 10 host-blocks of calibration seen'
+    """
+
+    def __init__(self) -> None:
+        rates, means = (np.array([a.prior[i] for a in TABLE]) for i in (0, 1))
+        self.prior_k: F8 = N0 * rates
+        self.prior_b: F8 = A0 * means
+        self.k: F8 = np.zeros((len(TABLE), len(GROUPS)))
+        self.e: F8 = np.zeros((len(TABLE), len(GROUPS)))
+        self.n: F8 = np.zeros((2, 3))
+        self.hosts = 0
+        """Host-blocks active in either role."""
+        self.blocks = 0
+        """Blocks closed in which anything was active."""
+
+    def host_blocks(self) -> F8:
+        """Active host-blocks behind each analytic and age group [A, 4]."""
+        role = IS_TARGET.astype(np.int64)
+        new, young, old = self.n[role].T
+        of_host = KIND == HOST
+        return np.stack([new, young + old, np.where(of_host, young, young + old), old], 1)
+
+    def parameters(self) -> tuple[F8, F8, F8]:
+        """(rate, shape, scale), each [A, 4], for `tail`."""
+        rate = (self.k + self.prior_k) / (self.host_blocks() + N0)
+        return rate, A0 + self.k, self.prior_b + self.e
+
+    def p_value(self, analytic: int, group: int, excess: float) -> float:
+        """p of one excess; 1 up to the threshold u."""
+        rate, shape, scale = (float(v[analytic, group]) for v in self.parameters())
+        return float(tail(excess, rate, shape, scale)) if excess > THRESHOLD else 1.0
+
+    def flush(  # the arrays belong to `levels.Levels`
+        self,
+        active: tuple[I8, I8],
+        best: npt.NDArray[np.float32],
+        run: npt.NDArray[np.float32],
+        last: I8,
+        excluded: npt.NDArray[np.bool_],
+        births: F8,
+        now: float,
+        block: int,
+        ages: tuple[float, float],
+    ) -> None:
+        """A block has ended: count the `active` hosts by role, and their largest excesses `best` [h, A·4]."""
+        for role in (0, 1):
+            _flush(active[role], role, IS_TARGET, best, run, last, excluded, births, now, block, ages,
+                   self.k, self.e, self.prior_k, self.prior_b, self.n)  # fmt: skip
+        both = len(np.union1d(*active))
+        self.hosts += both
+        self.blocks += both > 0
+
+    def readiness(self, blocks_needed: int, host_blocks_needed: int) -> Readiness:
+        """Whether enough was seen, and a sentence that says how much."""
+        seen = int(self.n[0].sum())
+        ready = self.blocks >= blocks_needed and seen >= host_blocks_needed
+        word = "ready" if ready else "not ready"
+        return Readiness(
+            ready,
+            f"{word}: {self.blocks} of {blocks_needed} blocks and {seen} of {host_blocks_needed} host-blocks "
+            "of calibration seen",
+        )
+
+    def allowed(self, budget: float, least: float, blocks_a_day: float) -> float:
+        """Largest p of a host in a block that keeps to `budget` false findings a day per 100 hosts that open flows.
+
+        Hosts that are only spoken to can be named too, so they share that budget. A network may have `least` a day.
+        """
+        both = max(1.0, self.hosts / max(1, self.blocks))
+        sources = max(1.0, float(self.n[0].sum()) / max(1, self.blocks))
+        return max(budget / 100.0 * sources, least) / both / blocks_a_day
+
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
+        """What was learnt, as arrays."""
+        return {
+            "k": self.k.copy(),
+            "e": self.e.copy(),
+            "n": self.n.copy(),
+            "seen": np.array([self.blocks, self.hosts], np.int64),
+        }
+
+    @classmethod
+    def restore(cls, state: dict[str, npt.NDArray[np.generic]]) -> Calibration:
+        """The calibration that `state` describes."""
+        c = cls()
+        c.k, c.e, c.n = (np.array(state[name], np.float64) for name in ("k", "e", "n"))
+        c.blocks, c.hosts = (int(v) for v in state["seen"])
+        return c

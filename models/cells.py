@@ -1,0 +1,151 @@
+"""Cells: the arrays behind the levels, by slots of keyed memory; they grow, forget and are saved together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from flowsage.models import beacon
+from flowsage.models.analytics import CONTACT, FAMILIES, HOST, PAIR, SERVICE, TABLE, WIDTH
+from flowsage.models.keys import KeyTable
+from flowsage.models.prior import GROUPS
+
+Array = npt.NDArray[Any]
+
+CELL = 6
+"""Columns of a cell, see `levels`."""
+
+_A, _G, _F = len(TABLE), len(GROUPS), len(FAMILIES)
+_EMPTY_CELL = np.array([0.0, -1.0, 0.0, 0.0, 0.0, -1.0])
+
+
+def _cells(kind: int) -> tuple[tuple[int, ...], str, Any]:
+    return (int(WIDTH[kind]), CELL), "f8", _EMPTY_CELL
+
+
+FIELDS: dict[str, dict[str, tuple[tuple[int, ...], str, Any]]] = {
+    "hosts": {
+        "cells": _cells(HOST),
+        "born": ((), "f8", -1.0),
+        "inside": ((), "?", False),
+        "name": ((), "O", ""),
+        "record": ((_A,), "f8", 0.0),
+        "active": ((2,), "i8", -1),
+        "last": ((2,), "i8", -(1 << 40)),
+        "best": ((_A * _G,), "f4", 0.0),
+        "run": ((_A * _G,), "f4", 0.0),
+        "excluded": ((_A,), "?", False),
+        "causes": ((_F,), "f4", 0.0),
+    },
+    "services": {"cells": _cells(SERVICE), "born": ((), "f8", -1.0)},
+    "pairs": {"cells": _cells(PAIR), "born": ((), "f8", -1.0)},
+    "contacts": {"cells": _cells(CONTACT), "born": ((), "f8", -1.0), "beat": ((beacon.COLUMNS,), "f8", 0.0)},
+    "codes": {"tally": ((2,), "f8", 0.0)},
+}
+"""Arrays of each table: shape of a slot's part, dtype, and what an unused slot holds."""
+
+
+@dataclass
+class Store:
+    """A `KeyTable` and the arrays along its slots."""
+
+    table: KeyTable
+    arrays: dict[str, Array]
+    fields: dict[str, tuple[tuple[int, ...], str, Any]]
+
+    def slots(self, keys: npt.NDArray[np.uint64], tick: int) -> npt.NDArray[np.int32]:
+        """Slots i32[n] of `keys`, with room for them in every array."""
+        slots = self.table.find_or_insert(keys, tick)
+        self._room(len(self.table))
+        return slots
+
+    def _room(self, needed: int) -> None:
+        held = len(next(iter(self.arrays.values())))
+        if needed <= held:
+            return
+        size = max(needed, 2 * held, 1024)
+        for name, (shape, dtype, fill) in self.fields.items():
+            old = self.arrays[name]
+            new = np.empty((size, *shape), dtype)
+            new[:held] = old
+            new[held:] = fill
+            self.arrays[name] = new
+
+    def evict(self, max_keys: int) -> npt.NDArray[np.int32] | None:
+        """Forget what was unseen for longest; returns the new slot of each old one, None if nothing had to go."""
+        remap = self.table.evict(max_keys)
+        if remap is not None:
+            kept = np.flatnonzero(remap >= 0)
+            for name, (_, _, fill) in self.fields.items():
+                array = self.arrays[name]
+                array[: len(kept)] = array[kept]
+                array[len(kept) :] = fill
+        return remap
+
+
+class Memory:
+    """All keyed memory of the alarms.
+
+    >>> memory = Memory()
+    >>> memory.hosts.slots(np.array([7, 9, 7], np.uint64), tick=0)
+    array([0, 1, 0], dtype=int32)
+    """
+
+    def __init__(self) -> None:
+        self.stores = {
+            name: Store(KeyTable(), {f: np.empty((0, *s), d) for f, (s, d, _) in fields.items()}, fields)
+            for name, fields in FIELDS.items()
+        }
+        self.hosts, self.services, self.pairs, self.contacts, self.codes = self.stores.values()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the names of hosts not counted."""
+        return sum(s.table.nbytes + sum(a.nbytes for a in s.arrays.values()) for s in self.stores.values())
+
+    def sizes(self) -> dict[str, int]:
+        """Keys held, by table."""
+        return {name: len(s.table) for name, s in self.stores.items()}
+
+    def state(self) -> dict[str, Array]:
+        """Everything, as arrays named table/field."""
+        out: dict[str, Array] = {}
+        for name, store in self.stores.items():
+            n = len(store.table)
+            out |= {f"{name}/table/{k}": v for k, v in store.table.state().items()}
+            for field, array in store.arrays.items():
+                part = array[:n].copy()
+                # Names as bytes and offsets: an array of objects cannot be written without pickling.
+                if part.dtype == object:
+                    _, offsets, data = pa.array(part.tolist(), pa.large_string()).buffers()
+                    out[f"{name}/{field}/offsets"] = np.frombuffer(offsets, np.int64, n + 1).copy()
+                    out[f"{name}/{field}/bytes"] = np.frombuffer(data or b"", np.uint8).copy()
+                else:
+                    out[f"{name}/{field}"] = part
+        return out
+
+    @classmethod
+    def restore(cls, state: dict[str, Array]) -> Memory:
+        """The memory that `state` describes."""
+        memory = cls()
+        for name, store in memory.stores.items():
+            prefix = f"{name}/table/"
+            store.table = KeyTable.restore(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+            n = len(store.table)
+            store._room(max(n, 1))
+            for field, array in store.arrays.items():
+                if array.dtype == object:
+                    offsets, data = state[f"{name}/{field}/offsets"], state[f"{name}/{field}/bytes"]
+                    text = pa.Array.from_buffers(
+                        pa.large_string(), n, [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+                    )
+                    array[:n] = text.to_numpy(zero_copy_only=False)
+                else:
+                    array[:n] = state[f"{name}/{field}"]
+        return memory

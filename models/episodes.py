@@ -1,0 +1,201 @@
+"""Episodes: alarms of one host and one cause as one finding, with a beginning and an end.
+
+- The same host and family: one finding while it lasts, and until it has been quiet for an hour.
+- Another family of a host whose finding began within the last quarter of an hour: the same finding.
+- A target whose trouble comes from one host that has a finding (and the reverse): the same finding.
+- The same cause towards one peer at three hosts: one finding; the oldest takes the others in, and those to come.
+
+A finding is created, updated when it is materially worse (at most once in five minutes), and closed. uids are hashes of
+what began it, so two runs over the same flows give the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from flowsage.models.analytics import SHARE, TABLE
+from flowsage.models.explain import Evidence, Explained, Finding, severity
+
+MINUTE = 60.0
+QUIET, TOGETHER, THROTTLE = 60 * MINUTE, 15 * MINUTE, 5 * MINUTE
+"""Seconds, divided by time_scale: until a finding closes, within which causes join, between updates."""
+
+WORSE = 10.0
+"""A finding is materially worse when its p has fallen by this factor, or a cause or host has joined."""
+
+SHARED_BY = 3
+"""Hosts with the same cause towards one peer that are one finding."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An alarm of one pane: analytic (index), host, p, and how to find out more when somebody is to be told."""
+
+    host: str
+    analytic: int
+    p: float
+    explain: Callable[[], Explained]
+
+
+@dataclass
+class Episode:
+    """A finding that is open, and when it was last seen, last told and as what; `others` are the hosts that joined."""
+
+    finding: Finding
+    families: list[str]
+    last_ns: int
+    told_ns: int
+    told_p: float
+    others: list[str] = field(default_factory=list)
+    grew: bool = False
+    peer: str | None = None
+
+
+class Episodes:
+    """Open findings. `offer` alarms pane by pane, in time; `close` what has been quiet."""
+
+    def __init__(self, time_scale: float = 1.0) -> None:
+        self.quiet_ns, self.together_ns, self.throttle_ns = (
+            int(s * 1e9 / time_scale) for s in (QUIET, TOGETHER, THROTTLE)
+        )
+        self.open: list[Episode] = []
+        """Oldest first."""
+        self.created = self.joined = 0
+
+    def offer(self, now_ns: int, offers: Iterable[Offer], allowed: float) -> list[Finding]:
+        """Findings created or updated by alarms `offers` at `now_ns`; `allowed` is the budget's p of a host."""
+        told: list[Finding] = []
+        for o in sorted(offers, key=lambda o: (o.p / SHARE[o.analytic], o.host, o.analytic)):
+            a = TABLE[o.analytic]
+            episode = self._of(o.host, a.family)
+            if episode is None:
+                told += self._begin(now_ns, o, allowed)
+            else:
+                told += self._go_on(now_ns, episode, o, allowed)
+        return told
+
+    def close(self, now_ns: int) -> list[Finding]:
+        """Findings that have been quiet for long enough, as "close"."""
+        done = [e for e in self.open if now_ns - e.last_ns > self.quiet_ns]
+        if not done:
+            return []
+        self.open = [e for e in self.open if now_ns - e.last_ns <= self.quiet_ns]
+        return [self._closed(now_ns, e, e.finding.sentence) for e in done]
+
+    def _of(self, host: str, family: str) -> Episode | None:
+        """The open episode that speaks of this host and cause."""
+        for e in self.open:
+            if family in e.families and (e.finding.host == host or host in e.others):
+                return e
+        return None
+
+    def _begin(self, now_ns: int, o: Offer, allowed: float) -> list[Finding]:
+        """A cause that no open episode of the host has: it joins one, or it is a new finding."""
+        a = TABLE[o.analytic]
+        recent = [e for e in self.open if e.finding.host == o.host and now_ns - e.finding.alarm_ns <= self.together_ns]
+        if recent:
+            recent[0].families.append(a.family)
+            recent[0].grew = True
+            return self._go_on(now_ns, recent[0], o, allowed)
+        why = o.explain()
+        told: list[Finding] = []
+        if why.peer is not None:
+            other_end = [e for e in self.open if e.finding.host == why.peer and e.finding.role != a.role and
+                         now_ns - e.last_ns <= self.together_ns]  # fmt: skip
+            same = [e for e in self.open if e.peer == why.peer and a.family in e.families and e.finding.role == a.role]
+            hosts = {h for e in same for h in (e.finding.host, *e.others)}
+            if other_end or len(hosts) + 1 >= SHARED_BY:
+                keeper = (other_end or same)[0]
+                if not other_end:
+                    told += self._merge(now_ns, keeper, same[1:])
+                if a.family not in keeper.families:
+                    keeper.families.append(a.family)
+                keeper.others.append(o.host)
+                keeper.grew = True
+                self.joined += 1
+                return told + self._go_on(now_ns, keeper, o, allowed, why)
+        text = f"{o.host}\0{a.role}\0{a.name}\0{why.peer or ''}\0{now_ns}"
+        p = min(1.0, o.p / float(SHARE[o.analytic]))
+        finding = Finding(
+            uid=hashlib.sha256(text.encode()).hexdigest()[:32],
+            activity="create",
+            host=o.host,
+            role=a.role,
+            peer=why.peer,
+            analytic=a.name,
+            family=a.family,
+            start_ns=why.start_ns,
+            alarm_ns=now_ns,
+            end_ns=None,
+            p_value=p,
+            severity=severity(p, allowed),
+            sentence=why.sentence,
+            technique=a.technique,
+            evidence=why.evidence,
+            observed=why.observed,
+            expected=why.expected,
+            unit=a.unit,
+            analytics=(a.name,),
+            hosts=(o.host,),
+        )
+        self.open.append(Episode(finding, [a.family], now_ns, now_ns, p, peer=why.peer))
+        self.created += 1
+        return [finding]
+
+    def _merge(self, now_ns: int, keeper: Episode, others: list[Episode]) -> list[Finding]:
+        """Take `others` into `keeper`; they close."""
+        for e in others:
+            keeper.others += [e.finding.host, *e.others]
+            keeper.families += [f for f in e.families if f not in keeper.families]
+        self.open = [e for e in self.open if e not in others]
+        return [self._closed(now_ns, e, f"goes on as {keeper.finding.uid}: {e.finding.sentence}") for e in others]
+
+    @staticmethod
+    def _closed(now_ns: int, e: Episode, sentence: str) -> Finding:
+        return replace(e.finding, activity="close", end_ns=e.last_ns, sentence=sentence)
+
+    def _go_on(self, now_ns: int, e: Episode, o: Offer, allowed: float, why: Explained | None = None) -> list[Finding]:
+        """The episode lasts; it is told again if it is materially worse and was not told just now."""
+        a, p = TABLE[o.analytic], min(1.0, o.p / float(SHARE[o.analytic]))
+        e.last_ns = now_ns
+        f = e.finding
+        if a.name not in f.analytics:
+            e.finding = f = replace(f, analytics=(*f.analytics, a.name))
+        worse = p < e.told_p / WORSE
+        if not (worse or e.grew) or now_ns - e.told_ns < self.throttle_ns:
+            return []
+        hosts = (f.host, *dict.fromkeys(e.others))
+        if o.host == f.host and p <= f.p_value:
+            why = why or o.explain()
+            f = replace(
+                f, peer=why.peer, analytic=a.name, family=a.family, p_value=p, severity=severity(p, allowed),
+                sentence=why.sentence, technique=a.technique, evidence=why.evidence, observed=why.observed,
+                expected=why.expected, unit=a.unit, start_ns=min(f.start_ns, why.start_ns),
+            )  # fmt: skip
+        sentence = f.sentence
+        if len(hosts) > 1:
+            sentence = f"{sentence.split('; with it: ')[0]}; with it: {', '.join(hosts[1:11])}" + (
+                f" and {len(hosts) - 11} more" if len(hosts) > 11 else ""
+            )
+        e.finding = replace(f, activity="update", sentence=sentence, hosts=hosts)
+        e.told_ns, e.told_p, e.grew = now_ns, min(e.told_p, p), False
+        return [e.finding]
+
+    def state(self) -> dict[str, Any]:
+        """What is open, as plain values for JSON."""
+        return {"open": [asdict(e) for e in self.open], "created": self.created, "joined": self.joined}
+
+    @classmethod
+    def restore(cls, state: dict[str, Any], time_scale: float) -> Episodes:
+        """The episodes that `state` describes."""
+        episodes = cls(time_scale)
+        episodes.created, episodes.joined = state["created"], state["joined"]
+        for raw in state["open"]:
+            f = raw["finding"]
+            f = f | {k: tuple(f[k]) for k in ("analytics", "hosts")}
+            f["evidence"] = tuple(Evidence(**e) for e in f["evidence"])
+            episodes.open.append(Episode(**(raw | {"finding": Finding(**f)})))
+        return episodes

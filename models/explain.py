@@ -1,0 +1,258 @@
+"""Explanations: what a person is shown of an alarm, from the analytic's own sums.
+
+A level is a sum of what contacts added to it, so the contacts that were logged *are* its decomposition: evidence is
+those that added most, as of now, with what they added. Removing them from the input removes that much from the level.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.graph.flows import SERVICE_BITS, service_name
+from flowsage.models.analytics import BEACON, CONTACT, FAN_IN, IS_TARGET, JOINT, PAIR, SERVICE, TABLE
+
+Array = npt.NDArray[Any]
+
+MOST = 10
+"""Contacts that a finding shows."""
+
+FEW_TAUS = 3.0
+"""What is older than this many time constants has faded to a twentieth."""
+
+META = 7
+"""Columns of the log: source slot, target slot, service, first ns, last ns, flows, arrival in ns since the origin, or -1."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Contacts of one (src, dst, service) that raised the level.
+
+    observed is what they added, as of the alarm, in `unit`; expected the part of the key's record that is theirs, at
+    most. dst_port is None where the service has no one port; src_port is never known: many flows are one contact.
+    """
+
+    name: str
+    src: str
+    dst: str | None
+    service: int | None
+    proto: int | None
+    dst_port: int | None
+    observed: float
+    expected: float
+    unit: str
+    first_ns: int
+    last_ns: int
+    flows: int
+    src_port: int | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a person should look at, as it stands at `alarm_ns`.
+
+    uid stays the same from "create" through "update" to "close". p_value is that of the host in a block (10 · the
+    smallest p of its analytics); severity is OCSF's severity_id: 2 low, 3 medium, 4 high, 5 critical.
+    """
+
+    uid: str
+    activity: str
+    host: str
+    role: str
+    peer: str | None
+    analytic: str
+    family: str
+    start_ns: int
+    alarm_ns: int
+    end_ns: int | None
+    p_value: float
+    severity: int
+    sentence: str
+    technique: str | None
+    evidence: tuple[Evidence, ...]
+    observed: float = 0.0
+    expected: float = 0.0
+    unit: str = ""
+    analytics: tuple[str, ...] = ()
+    """Every analytic that spoke, in the order in which they did."""
+    hosts: tuple[str, ...] = ()
+    """Every host it speaks of, `host` first."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What `explain` found out about one alarm."""
+
+    sentence: str
+    peer: str | None
+    start_ns: int
+    observed: float
+    expected: float
+    evidence: tuple[Evidence, ...] = field(default_factory=tuple)
+
+
+def port_of(service: int) -> int | None:
+    """Port of a `service_code`, None for a class of ports and for what has none."""
+    port = (service & ((1 << SERVICE_BITS) - 1)) - 1
+    port = port - 100_000 if 100_000 <= port < 200_000 else port
+    return port if 0 <= port < 65_536 else None
+
+
+def amount(value: float, unit: str) -> str:
+    """A number as a person reads it: whole counts, bytes by SI prefix.
+
+    >>> amount(412.2, "flows"), amount(2.5e9, "bytes")
+    ('412', '2.5 GB')
+    """
+    if unit != "bytes":
+        return f"{value:,.0f}" if value >= 10 or abs(value - round(value)) < 0.05 else f"{value:.1f}"
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000 or prefix == "T":
+            return f"{value:.3g} {prefix}B"
+        value /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def severity(p_host: float, allowed: float) -> int:
+    """OCSF severity_id from how far p is within what the budget allows: 2 low to 5 critical, a step each 30 times."""
+    return int(min(5, 2 + max(0.0, math.log(max(allowed, 1e-300) / max(p_host, 1e-300)) // math.log(30.0))))
+
+
+def select(
+    meta: Array, inc: Array, analytic: int, source: int, target: int, service: int, now_ns: int, tau: float
+) -> Array:
+    """Indices into the log of the contacts that raised a key's level, from the newest log rows back `FEW_TAUS` τ."""
+    a = TABLE[analytic]
+    mask = (meta[:, 6] >= 0) & (meta[:, 6] >= now_ns - FEW_TAUS * tau * 1e9)
+    if IS_TARGET[analytic]:
+        mask &= meta[:, 1] == target
+    else:
+        mask &= meta[:, 0] == source
+        if a.kind in (PAIR, CONTACT):
+            mask &= meta[:, 1] == target
+        if a.kind in (SERVICE, CONTACT):
+            mask &= meta[:, 2] == service
+    if analytic == JOINT:
+        mask[len(mask) // 2 :] = False
+    elif analytic != BEACON:
+        mask &= inc[:, analytic] > 0
+    return np.flatnonzero(mask)
+
+
+def explain(
+    log: tuple[Array, Array],
+    names: Array,
+    analytic: int,
+    key: tuple[int, int, int],
+    x: float,
+    record: float,
+    now_ns: int,
+    origin_ns: int,
+    tau: float,
+    beat: tuple[float, float, int] | None = None,
+    causes: tuple[str, ...] = (),
+) -> Explained:
+    """Evidence and sentence of one alarm.
+
+    log (meta i64[·, 7], inc f4[·, A]); names [h] by host slot; key (source slot, target slot, service) of the contact
+    that was judged last; x, record as judged; times are ns since the origin (`now_ns`) and of the epoch (`origin_ns`);
+    tau s, scaled; beat (period s, spread, beats) and causes for those two analytics.
+    """
+    meta, inc = log
+    a = TABLE[analytic]
+    rows = select(meta, inc, analytic, *key, now_ns=now_ns, tau=tau)
+    rows = rows[np.argsort(meta[rows, 6], kind="stable")]
+    added = inc[rows].astype(np.float64)
+    weight = np.ones(len(rows)) if analytic == BEACON else added.sum(1) if analytic == JOINT else added[:, analytic]
+    if a.tau:
+        weight = weight * np.exp((meta[rows, 6] - now_ns) / 1e9 / tau)
+    direct = a.tau == 0.0
+    observed = x if direct else math.expm1(x) * a.scale
+    expected = record if direct else math.expm1(record) * a.scale
+    of, first_row = np.unique(meta[rows, :3], axis=0, return_inverse=True)
+    total = np.bincount(first_row.ravel(), weights=weight, minlength=len(of))
+    order = np.argsort(-total, kind="stable")[:MOST]
+    evidence = []
+    for g in order:
+        mine = rows[first_row.ravel() == g]
+        service = int(of[g, 2])
+        share = total[g] / max(float(total.sum()), 1e-12)
+        evidence.append(
+            Evidence(
+                name=a.name,
+                src=str(names[of[g, 0]]),
+                dst=str(names[of[g, 1]]),
+                service=service,
+                proto=(service >> SERVICE_BITS) - 1,
+                dst_port=port_of(service),
+                observed=float(total[g]) * a.scale,
+                expected=expected * float(share),
+                unit=a.unit,
+                first_ns=int(meta[mine, 3].min()),
+                last_ns=int(meta[mine, 4].max()),
+                flows=int(meta[mine, 5].sum()),
+            )
+        )
+    peer = _peer(meta, rows, weight, names, analytic, key)
+    start = int(meta[rows, 3].min()) if len(rows) else origin_ns + now_ns
+    on = _share(meta[rows, 2], weight, 0.8)
+    span = max(1e-3, (origin_ns + now_ns - start) / 1e9)
+    if direct:
+        beats = "" if beat is None else f"every {duration(beat[0])} ± {100 * beat[1]:.0f} %, {beat[2]} times"
+        sentence = a.words.format(
+            host=_host(names, analytic, key), peer=names[key[1]], service=service_name(key[2]), beats=beats
+        )
+        if causes:
+            sentence += ": " + ", ".join(causes)
+    else:
+        counted = len(np.unique(meta[rows, 1])) if a.name != "novelty" else len(np.unique(meta[rows, 2]))
+        sentence = a.words.format(
+            host=_host(names, analytic, key),
+            peer=peer or names[key[1]],
+            service=service_name(key[2]),
+            on="" if on is None else f" on {service_name(on)}",
+            observed=amount(observed, a.unit),
+            count=amount(counted, "peers"),
+            span=duration(span),
+        )
+        most = math.ceil(expected) if a.scale == 1.0 else expected
+        sentence += f"; expected at most {amount(most, a.unit)}" if most >= 1 else "; nothing like it before"
+    return Explained(sentence, peer, start, observed, expected, tuple(evidence))
+
+
+def _host(names: Array, analytic: int, key: tuple[int, int, int]) -> str:
+    return str(names[key[1 if IS_TARGET[analytic] else 0]])
+
+
+def _share(values: Array, weight: Array, least: float) -> int | None:
+    """The value that has at least this share of the weight, if one has."""
+    if not len(values):
+        return None
+    unique, index = np.unique(values, return_inverse=True)
+    sums = np.bincount(index.ravel(), weights=weight)
+    best = int(np.argmax(sums))
+    return int(unique[best]) if sums[best] >= least * sums.sum() else None
+
+
+def _peer(
+    meta: Array, rows: Array, weight: Array, names: Array, analytic: int, key: tuple[int, int, int]
+) -> str | None:
+    """The one other host that it is about: by its key, or because most of the weight is towards it."""
+    if TABLE[analytic].kind in (PAIR, CONTACT):
+        return str(names[key[1]])
+    if analytic == FAN_IN:
+        return None
+    slot = _share(meta[rows, 0 if IS_TARGET[analytic] else 1], weight, 0.8)
+    return None if slot is None else str(names[slot])

@@ -1,0 +1,236 @@
+"""Levels: the memory of what every key does, and the kernels that raise, judge and forget.
+
+A key (a host, a (source, service), a pair, a contact) has one *cell* for each analytic of its kind:
+
+    LEVEL    leaky sum, as of AT
+    AT       s since the origin at which the cell was last touched; below 0: never
+    RECORD   largest x of earlier spans, plus fade · time (so that fading needs no visit)
+    LAST     largest x of this span                BEFORE   largest x of the span before
+    HELD     until when the record is frozen, because the key was named in an alarm
+
+A span is max(block, τ); what was reached in one becomes record two spans later, so an attack's own ramp does not become
+its record while it lasts. A new key starts with the record of its host.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from flowsage.models.analytics import (
+    FAMILIES,
+    TABLE,
+    contributions,
+)
+from flowsage.models.calibration import THRESHOLD, tail
+from flowsage.models.keys import mix
+from flowsage.models.prior import GROUPS
+
+LEVEL, AT, RECORD, LAST, BEFORE, HELD = range(6)
+LEAST_EXCESS = 1.0
+"""An alarm needs S of at least this: e times what was there before."""
+
+JOINT_P = 0.02
+"""The joint analytic adds up ln(this / p) over families."""
+
+JOINT_MOST = 6.0
+"""A family adds at most this: what is stranger still is raised by itself."""
+
+A, G, F = len(TABLE), len(GROUPS), len(FAMILIES)
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+
+@numba.njit(cache=True, nogil=True)
+def key_hashes(source, target, service, out):  # type: ignore[no-untyped-def]
+    """Keys u64[3, c] of the (source, service), the pair and the contact."""
+    for i in range(len(source)):
+        pair = mix(source[i], target[i])
+        out[0, i] = mix(source[i] ^ np.uint64(0x5E11), np.uint64(service[i]))
+        out[1, i] = pair
+        out[2, i] = mix(pair, np.uint64(service[i]))
+
+
+@numba.njit(cache=True, nogil=True)
+def _touch(cells, row, now, tau, span, fade, host_record, host, a):  # type: ignore[no-untyped-def]
+    """Bring a cell to `now`: decay its level, move its spans. True if this is the first touch at `now`."""
+    at = cells[row, AT]
+    if at == now:
+        return False
+    cells[row, AT] = now
+    if at < 0.0:
+        cells[row, RECORD] = host_record[host, a]
+        return True
+    level = cells[row, LEVEL]
+    if cells[row, HELD] < now:
+        then, this = np.floor(at / span), np.floor(now / span)
+        if this > then:
+            record = max(cells[row, RECORD], cells[row, BEFORE] + fade * at)
+            edge = np.log1p(level * np.exp(-((then + 1.0) * span - at) / tau)) if tau > 0.0 else 0.0
+            if this == then + 1.0:
+                cells[row, BEFORE] = cells[row, LAST]
+                cells[row, LAST] = edge
+            else:
+                record = max(record, cells[row, LAST] + fade * at)
+                cells[row, BEFORE] = edge
+                cells[row, LAST] = 0.0
+            cells[row, RECORD] = record
+            host_record[host, a] = max(host_record[host, a], record)
+    cells[row, LEVEL] = level * np.exp(-(now - at) / tau) if tau > 0.0 else 0.0
+    return True
+
+
+@numba.njit(cache=True, nogil=True)
+def raise_levels(  # type: ignore[no-untyped-def]
+    slots, service, counts, told, sent, known, surprise, tails, times,
+    hosts, services, pairs, contacts, host_born, born, inside, host_record, active_block,
+    tau, span, column, kind, width, is_target, fade, now, block,
+    log_inc, log_meta, log_at,
+    touched, active,
+):  # fmt: skip
+    """Every contact once into every level that it raises.
+
+    slots i32[5, c]: source and target host, (source, service), pair, contact. counts i32[3, c]: flows, answered,
+    failed. known bool[3, c]: history knows the contact, the pair, the service. times i64[2, c].
+    Writes touched i32[·, 3] (analytic, row, contact), active i32[2, ·] hosts new in the block, and the log.
+    Returns (touched, active sources, active targets).
+    """
+    out = np.zeros(len(kind))
+    both = np.zeros(2, np.bool_)
+    m, actives = 0, np.zeros(2, np.int64)
+    for i in range(len(service)):
+        source, target = slots[0, i], slots[1, i]
+        for role in range(2):
+            host = slots[role, i]
+            both[role] = inside[host]
+            if host_born[host] < 0.0:
+                host_born[host] = now
+            if active_block[host, role] != block:
+                active_block[host, role] = block
+                active[role, actives[role]] = host
+                actives[role] += 1
+        fresh = np.zeros(3, np.bool_)
+        for j in range(3):
+            births = born[j]
+            slot = slots[4 - j, i]
+            if births[slot] < 0.0:
+                births[slot] = now
+                fresh[j] = not known[j, i]
+        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], both,
+                      fresh[1], fresh[0], fresh[2], surprise[i], tails[i], out)  # fmt: skip
+        for a in range(len(kind)):
+            if out[a] <= 0.0:
+                continue
+            owner = target if is_target[a] else source
+            if kind[a] == 0:
+                cells, slot = hosts, owner
+            elif kind[a] == 1:
+                cells, slot = services, slots[2, i]
+            elif kind[a] == 2:
+                cells, slot = pairs, slots[3, i]
+            else:
+                cells, slot = contacts, slots[4, i]
+            row = slot * width[kind[a]] + column[a]
+            if _touch(cells, row, now, tau[a], span[a], fade, host_record, owner, a):
+                touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
+                m += 1
+            cells[row, LEVEL] += out[a]
+        # What is new or failed is remembered apart from routine, so that routine does not push it out.
+        which = 0 if fresh[0] or fresh[2] or counts[2, i] > 0 else 1
+        at = which * (len(log_meta) // 2) + log_at[which] % (len(log_meta) // 2)
+        log_at[which] += 1
+        log_meta[at, 0], log_meta[at, 1], log_meta[at, 2] = source, target, service[i]
+        log_meta[at, 3], log_meta[at, 4], log_meta[at, 5] = times[0, i], times[1, i], counts[0, i]
+        log_meta[at, 6] = np.int64(now * 1e9)
+        log_inc[at] = out
+    return m, actives[0], actives[1]
+
+
+@numba.njit(cache=True, nogil=True)
+def judge(  # type: ignore[no-untyped-def]
+    touched, m, slots, hosts, services, pairs, contacts, host_born, born, host_record,
+    rate, shape, scale, span, column, kind, width, family, is_target, direct, learns, least, share, joint,
+    best, family_best, excluded, fade, now, hour, day, quiet, allowed,
+    found, values,
+):  # fmt: skip
+    """Excess and p of every key touched; what is within `allowed` is an alarm, the rest goes to the calibration.
+
+    Fills found i64[·, 5] (analytic, row, contact, group, host) and values f8[·, 4] (S, x, R, p); returns how many.
+    Joint is judged last, of every source whose causes of this block have grown.
+    """
+    count, total = 0, m
+    i = 0
+    while i < total:
+        a, row, contact = touched[i, 0], touched[i, 1], touched[i, 2]
+        i += 1
+        host = slots[1, contact] if is_target[a] else slots[0, contact]
+        what = kind[a]
+        slot = row // width[what]
+        if what == 0:
+            cells, key_born = hosts, host_born[host]
+        elif what == 1:
+            cells, key_born = services, born[2][slot]
+        elif what == 2:
+            cells, key_born = pairs, born[1][slot]
+        else:
+            cells, key_born = contacts, born[0][slot]
+        if a == joint:
+            x, causes = 0.0, 0
+            for f in range(family_best.shape[1]):
+                x += family_best[host, f]
+                causes += family_best[host, f] > 0.0
+            x = x if causes >= 2 else 0.0
+        else:
+            x = cells[row, LEVEL] if what == 3 else np.log1p(cells[row, LEVEL])
+        held = cells[row, HELD] >= now
+        if not held or learns[a]:
+            cells[row, LAST] = max(cells[row, LAST], x)
+        record = 0.0 if direct[a] else max(0.0, cells[row, RECORD] - fade * now)
+        excess = x - record
+        if excess <= THRESHOLD:
+            continue
+        age, group = now - host_born[host], 3
+        if age < hour:
+            group = 0
+        elif what == 0:
+            group = 2 if age < day else 3
+        else:
+            age = now - key_born
+            group = 1 if age < hour else (2 if age < day else 3)
+        p = tail(excess, rate[a, group], shape[a, group], scale[a, group])
+        alarm = excess >= LEAST_EXCESS and x >= least[a] and p <= allowed * share[a]
+        if alarm:
+            cells[row, HELD] = now + quiet
+            if not learns[a]:
+                cells[row, LAST] = cells[row, BEFORE] = 0.0
+            excluded[host, a] = True
+            found[count, 0], found[count, 1], found[count, 2] = a, row, contact
+            found[count, 3], found[count, 4] = group, host
+            values[count, 0], values[count, 1], values[count, 2], values[count, 3] = excess, x, record, p
+            count += 1
+        elif not held:
+            at = a * rate.shape[1] + group
+            best[host, at] = max(best[host, at], np.float32(excess))
+        if a != joint and not is_target[a] and p < JOINT_P:
+            cause = np.float32(min(JOINT_MOST, np.log(JOINT_P / p)))
+            if cause > family_best[host, family[a]]:
+                family_best[host, family[a]] = cause
+                row = host * width[0] + column[joint]
+                if _touch(hosts, row, now, 0.0, span[joint], fade, host_record, host, joint):
+                    touched[total, 0], touched[total, 1], touched[total, 2] = joint, row, contact
+                    total += 1
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def set_statistic(cells, slots, strength, a, width, column, now, span, touched, m):  # type: ignore[no-untyped-def]
+    """A statistic that is computed (a beat's strength), not summed, becomes the level of its cells."""
+    for i in np.flatnonzero(strength > 0.0):
+        row = slots[i] * width + column
+        if cells[row, AT] != now:
+            cells[row, AT] = now
+            cells[row, LEVEL] = 0.0
+            touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
+            m += 1
+        cells[row, LEVEL] = max(cells[row, LEVEL], strength[i])
+    return m
