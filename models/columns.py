@@ -1,0 +1,70 @@
+"""Arrays of state that belong to the slots of a `KeyTable`: they grow with it and are compacted with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+
+class Columns:
+    """Named arrays [capacity, …], filled with a value of their own where nothing was written.
+
+    `fields` gives (dtype, shape of a row, fill). Arrays are read and written in place; they are replaced when they
+    grow.
+    """
+
+    def __init__(self, **fields: tuple[Any, tuple[int, ...], float]) -> None:
+        self._fields = fields
+        self._arrays: dict[str, Array] = {
+            n: np.full((16, *row), fill, dtype) for n, (dtype, row, fill) in fields.items()
+        }
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def ensure(self, count: int) -> None:
+        """Room for `count` slots."""
+        held = len(next(iter(self._arrays.values())))
+        if count <= held:
+            return
+        while held < count:
+            held *= 2
+        for name, (dtype, row, fill) in self._fields.items():
+            grown = np.full((held, *row), fill, dtype)
+            grown[: len(self._arrays[name])] = self._arrays[name]
+            self._arrays[name] = grown
+
+    def compact(self, remap: Int32) -> None:
+        """Keep the slots that `remap` i32[old slots] sends somewhere, in order (as `KeyTable.evict` gives it)."""
+        kept = np.flatnonzero(remap >= 0)
+        for name, (_, _, fill) in self._fields.items():
+            array = self._arrays[name]
+            array[: len(kept)] = array[kept]
+            array[len(kept) :] = fill
+
+    def state(self, prefix: str, count: int) -> dict[str, Array]:
+        """Copies of the first `count` rows of every array, named `prefix.name`."""
+        return {f"{prefix}.{name}": array[:count].copy() for name, array in self._arrays.items()}
+
+    def restore(self, prefix: str, state: dict[str, Array]) -> None:
+        """What `state` gave."""
+        for name in self._fields:
+            saved = state[f"{prefix}.{name}"]
+            self.ensure(len(saved))
+            self._arrays[name][: len(saved)] = saved
+
+
+def follow(slots: Array, remap: Int32) -> None:
+    """Rewrite `slots` (-1: none) in place to where `remap` sent them."""
+    known = slots >= 0
+    slots[known] = remap[slots[known]]

@@ -1,0 +1,76 @@
+"""From embeddings to f(s, t, svc): how much likelier a meeting is than popularity says."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowsage.models import signatures
+from flowsage.models.columns import Int32
+from flowsage.models.popularity import keys_of
+from flowsage.models.sage import seed_parameters
+
+TOWER: Final = 32
+SERVICE: Final = 16
+_CODES: Final = 512
+GAIN: Final = 8.0
+"""Overlaps are cosines, most of them small: a coefficient has to become large, and Adam's steps are of one size."""
+
+
+def service_codes(service: Int32) -> Tensor:
+    """Two hashed rows i64[n, 2] of the service table for each service code."""
+    keys = keys_of(service)
+    rows = np.stack([keys & np.uint64(_CODES - 1), (keys >> np.uint64(20)) & np.uint64(_CODES - 1)], 1)
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+class Decoder(nn.Module):
+    """f = <source tower([z_s, e_svc]) · diag(e_svc), target tower(z_t)> + overlaps of signatures, weighted by service.
+
+    Both sides come out as vectors [n, depth] whose dot product is f, so that all targets can be tried at once. f starts
+    as 0: before it has learnt anything, p is popularity.
+    """
+
+    def __init__(self, embedding: int, *, overlaps: bool, seed: int) -> None:
+        super().__init__()
+        self.overlaps = overlaps
+        pairs = len(signatures.PAIRS) if overlaps else 0
+        self.depth = TOWER + pairs * signatures.WIDTH
+        with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
+            self.service = nn.EmbeddingBag(_CODES, SERVICE, mode="sum")
+            self.source = nn.Sequential(nn.Linear(embedding + SERVICE, 64), nn.ReLU(), nn.Linear(64, TOWER))
+            self.target = nn.Sequential(nn.Linear(embedding, 64), nn.ReLU(), nn.Linear(64, TOWER))
+            self.diagonal = nn.Linear(SERVICE, TOWER)
+            self.overlap = nn.Linear(SERVICE, pairs) if overlaps else None
+            self.stranger = nn.Linear(TOWER, 1)
+        seed_parameters(self, seed)
+        with torch.no_grad():
+            self.service.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed + 1))
+            for last in (self.target[2], self.stranger, self.overlap):
+                if isinstance(last, nn.Linear):
+                    last.weight.zero_()
+
+    def sources(self, embedding: Tensor, sketch: Tensor | None, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Source side f32[n, depth] of n (source, service), and f32[n], f of a host never seen before."""
+        service = self.service(codes)
+        tower = self.source(torch.cat([embedding, service], 1)) * (1 + self.diagonal(service)) / TOWER**0.5
+        stranger = self.stranger(tower).squeeze(1)
+        if self.overlap is None or sketch is None:
+            return tower, stranger
+        weight = GAIN * self.overlap(service)
+        blocks = [_block(sketch, a) * weight[:, k : k + 1] for k, (a, _) in enumerate(signatures.PAIRS)]
+        return torch.cat([tower, *blocks], 1), stranger
+
+    def targets(self, embedding: Tensor, sketch: Tensor | None) -> Tensor:
+        """Target side f32[n, depth]."""
+        tower: Tensor = self.target(embedding)
+        if not self.overlaps or sketch is None:
+            return tower
+        return torch.cat([tower, *(_block(sketch, b) for _, b in signatures.PAIRS)], 1)
+
+
+def _block(sketch: Tensor, k: int) -> Tensor:
+    return sketch[:, k * signatures.WIDTH : (k + 1) * signatures.WIDTH]

@@ -1,0 +1,282 @@
+"""How plausible is a first meeting? The part of detection that speaks about what has not been seen before.
+
+Told that source s reached target t on service svc for the first time, the prior says how much of the probability lies
+on targets at most as likely as t: the *tail*. A tail of .001 means that of a thousand first meetings of s on svc one
+would be with a target as unlikely as this. It learns online and without labels, and only as much as what it sees is
+plausible, so that an attack that goes on does not become what it expects (DETECTION.md, part 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from flowsage.graph.build import Contacts
+from flowsage.graph.flows import service_name
+from flowsage.models.columns import Array, Bool, Float32, Float64, Int32, UInt64
+from flowsage.models.memory import Batch, MeetingMemory, Meetings
+from flowsage.models.network import Network, View
+from flowsage.models.profiles import FEATURES, Internal
+from flowsage.models.questions import Answers, Candidates, answer, draw, first_meetings
+from flowsage.models.sage import Csr
+
+GAIN: Final = 3.0
+"""Bound on what one meeting says for or against the graph, nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeetingConfig:
+    """Ablations are configurations: layers 0 (no message passing), overlaps off, graph off (popularity alone)."""
+
+    seed: int = 0
+    graph: bool = True
+    layers: int = 2
+    overlaps: bool = True
+    width: int = 48
+    slots: int = 24
+    """Neighbours remembered each way."""
+    max_hosts: int = 200_000
+    replayed: int = 1 << 18
+    """Meetings kept for replay, and of one window at most."""
+    replayed_window: int = 4_096
+    gate: float = 0.05
+    """Tail from which a meeting is learnt in full; below, in proportion, but at least `floor`."""
+    floor: float = 0.02
+    unanswered: float = 0.1
+    """Weight of a meeting that was never answered."""
+    batch: int = 512
+    rate: float = 3e-3
+    step_windows: int = 3
+    step_meetings: int = 8
+    """A training step is due after so many windows and so many new meetings."""
+    exact_hosts: int = 2_500
+    """Up to so many hosts all are candidates; beyond, a sample."""
+    drawn: int = 1_024
+    """Candidates of a training step where not all are."""
+    comparisons: int = 1_500_000
+    per_source: int = 32
+    """Bounds on what is asked: comparisons with candidates a window, (source, service) a source."""
+    ready_meetings: float = 200.0
+    """Sum of weights of learnt meetings, windows and training steps before it says anything."""
+    ready_windows: int = 30
+    ready_steps: int = 20
+
+
+@dataclass(frozen=True)
+class MeetingEvidence:
+    """Why a first meeting is (im)plausible. `p` and `popular`: probability of this target by the prior and by
+    popularity alone."""
+
+    tail: float
+    p: float
+    popular: float
+    rank: int
+    """1 for the likeliest of all candidates."""
+    plausible: int
+    """Candidates that carry the probability, in effect (exponential of the entropy)."""
+    less_likely: int
+    """Candidates that are less likely than this one."""
+    candidates: int
+    service: str
+    never_seen: bool
+    """The target was never seen before."""
+
+    @property
+    def sentence(self) -> str:
+        """For a person: how this target stands among those that were to be expected."""
+        who = "a host never seen before" if self.never_seen else f"rank {self.rank} of {self.candidates} possible peers"
+        return (
+            f"first {self.service} to this peer: {who}, about {self.plausible} were to be expected; "
+            f"{self.tail:.2%} of first meetings are as unlikely"
+        )
+
+
+class MeetingPrior:
+    """Stateful, deterministic given its seed and what it is shown window by window. Not safe for two threads at
+    once."""
+
+    def __init__(self, config: MeetingConfig | None = None, internal: Internal | None = None) -> None:
+        self.config = c = config or MeetingConfig()
+        self.memory = MeetingMemory(
+            slots=c.slots, replayed=c.replayed, max_hosts=c.max_hosts, seed=c.seed, internal=internal
+        )
+        self.network = Network(width=c.width, layers=c.layers, overlaps=c.overlaps, rate=c.rate, seed=c.seed)
+        self.windows = 0
+        self.learnt = 0.0
+        """Sum of weights of the meetings learnt."""
+        self.advantage = 0.0
+        """Running log odds of the graph against popularity, by how well each foretold the (gated) meetings so far."""
+        self.unasked = 0
+        """First meetings that the bounds on work left unasked, so far."""
+        self.loss = float("nan")
+        """Of the last training step, nats."""
+        self._windows_since = self._meetings_since = 0
+        self._view: View | None = None
+        self._asked: tuple[Contacts, Bool, Answers] | None = None
+
+    @property
+    def waiting(self) -> str | None:
+        """Why there is no answer yet, or None if it is ready."""
+        c = self.config
+        if self.learnt < c.ready_meetings:
+            return f"has learnt from {self.learnt:.0f} first meetings, needs {c.ready_meetings:.0f}"
+        if self.windows < c.ready_windows:
+            return f"has seen {self.windows} windows, needs {c.ready_windows}"
+        if c.graph and self.network.steps < c.ready_steps:
+            return f"has made {self.network.steps} training steps, needs {c.ready_steps}"
+        return None
+
+    @property
+    def trust(self) -> float:
+        """w: share of the graph in the mixture; the rest is popularity's."""
+        return float(1 / (1 + np.exp(-self.advantage))) if self.config.graph and self.network.steps else 0.0
+
+    def tail(self, contacts: Contacts, first: Bool) -> Float64:
+        """Tail probability f64[c] of the contacts that `first` bool[c] marks; NaN elsewhere, where bounds on work
+        left it unasked, and while it is not ready. Changes nothing."""
+        tails = np.full(len(contacts), np.nan)
+        if self.waiting is None and first.any():
+            met = self._answers(contacts, first)
+            tails[met.contact] = met.tail
+        return tails
+
+    def learn(self, contacts: Contacts, first: Bool) -> None:
+        """Learn one closed window: what its hosts did, and its first meetings as far as they are plausible."""
+        c, window = self.config, int(contacts.windows[-1]) if len(contacts.windows) else 0
+        met = self._answers(contacts, first)
+        self._asked = None
+        gate = np.ones(len(met.contact), np.float32)
+        if self.waiting is None:
+            asked = ~np.isnan(met.tail)
+            gate[:] = np.clip(np.where(asked, met.tail, 0) / c.gate, c.floor, 1)
+            self.unasked += int(np.count_nonzero(~asked))
+        gate[~contacts.kept[met.contact]] *= c.unanswered
+        self._judge(met, gate)
+        source, target = self.memory.see(contacts.hosts, contacts.src, contacts.dst, window)
+        meetings = Meetings(
+            source[met.contact], target[met.contact], met.source_hash, met.target_hash, met.service, met.target < 0
+        )
+        if len(meetings):
+            self.learnt += float(self.memory.remember(meetings, gate, window, c.replayed_window).sum())
+        self.memory.forget()
+        self.windows += 1
+        self._windows_since += 1
+        self._meetings_since += len(meetings)
+        self._view = None
+        if c.graph and self._windows_since >= c.step_windows and self._meetings_since >= c.step_meetings:
+            self._train()
+
+    def embeddings(self, hosts: UInt64) -> Float32:
+        """Embeddings f32[n, d] of host hashes u64[n], from what is remembered of them; NaN for hosts never seen."""
+        slots = self.memory.hosts.find(hosts)
+        found: Float32 = self._current().embedding[torch.from_numpy(slots.astype(np.int64))].numpy()
+        found[slots < 0] = np.nan
+        return found
+
+    def encode(self, hosts: UInt64, into: Csr, out_of: Csr) -> Float32:
+        """Embeddings f32[n, d] of host hashes u64[n] among the neighbours of a given graph, such as one window's."""
+        slots = self.memory.hosts.find(hosts)
+        known = np.flatnonzero(slots >= 0)
+        x = np.zeros((len(hosts), FEATURES), np.float32)
+        degree = self.memory.neighbours.degree(len(self.memory.hosts))
+        x[known] = self.memory.hosts.features(slots[known], degree)
+        encoded: Float32 = self.network.encoder.encode(torch.from_numpy(x), into, out_of).numpy()
+        return encoded
+
+    def evidence(self, source: int, target: int, service: int) -> MeetingEvidence | None:
+        """How hosts with these hashes stand to each other on a service code; None while not ready."""
+        if self.waiting is not None:
+            return None
+        source_hash, target_hash = np.array([source], np.uint64), np.array([target], np.uint64)
+        find, code = self.memory.hosts.find, np.array([service], np.int32)
+        at, blank = np.zeros(1, np.int64), np.full((3, 1), np.nan)
+        met = Answers(at, find(source_hash), find(target_hash), source_hash, target_hash, code, *blank)
+        found = self._ask(met)
+        p = self.trust * np.exp(met.log_graph[0]) + (1 - self.trust) * np.exp(met.log_popular[0])
+        live = found.density > 0
+        density, copies = found.density[live], found.copies[live]
+        mass = density * copies / (density * copies).sum()
+        entropy = -float((mass * np.log(mass / copies)).sum())
+        return MeetingEvidence(
+            tail=float(met.tail[0]),
+            p=float(p),
+            popular=float(np.exp(met.log_popular[0])),
+            rank=1 + round(float(copies[density > p * (1 + 1e-9)].sum())),
+            plausible=max(1, round(np.exp(entropy))),
+            less_likely=round(float(copies[density < p * (1 - 1e-9)].sum())),
+            candidates=round(float(copies.sum())),
+            service=service_name(service),
+            never_seen=bool(met.target[0] < 0),
+        )
+
+    def _current(self) -> View:
+        if self._view is None:
+            self._view = self.network.view(self.memory)
+        return self._view
+
+    def _ask(self, met: Answers) -> Candidates:
+        c = self.config
+        return answer(
+            self.memory, self.network, self._current(), met,
+            trust=self.trust, exact=c.exact_hosts, comparisons=c.comparisons, per_source=c.per_source,
+        )  # fmt: skip
+
+    def _answers(self, contacts: Contacts, first: Bool) -> Answers:
+        """Of the window at hand: what `tail` found is there for `learn`."""
+        if self._asked is not None and self._asked[0] is contacts and self._asked[1] is first:
+            return self._asked[2]
+        met = first_meetings(self.memory, contacts, first)
+        if len(met.contact) and self.learnt > 0:
+            self._ask(met)
+        self._asked = (contacts, first, met)
+        return met
+
+    def _judge(self, met: Answers, gate: Float32) -> None:
+        """Which of graph and popularity foretold these meetings better? Older ones fade: 200 meetings' worth count."""
+        if not self.network.steps:
+            return
+        gain = np.nan_to_num(np.clip(met.log_graph - met.log_popular, -GAIN, GAIN))
+        weight = np.where(np.isnan(met.tail), 0, gate)
+        fade = 0.995 ** float(weight.sum())
+        self.advantage = float(np.clip(self.advantage * fade + (gain * weight).sum(), -6, 6))
+
+    def _train(self) -> None:
+        c, memory = self.config, self.memory
+        chance = np.random.default_rng([c.seed, self.windows])
+        at = memory.replay.draw(c.batch, self._meetings_since, chance)
+        if len(at) < 8:
+            return
+        self._windows_since = self._meetings_since = 0
+        batch = memory.batch(at)
+        if len(memory.hosts) <= c.exact_hosts:
+            hosts = np.arange(len(memory.hosts), dtype=np.int32)
+            self.loss = self.network.step(memory, batch, hosts, np.zeros(len(hosts), np.float32), None)
+        else:
+            self.loss = self.network.step(memory, batch, *self._candidates(batch), self._current())
+        self._view = None
+
+    def _candidates(self, batch: Batch) -> tuple[Int32, Float32]:
+        """A sample of hosts in proportion to the batch's own q, and the correction ln 1/(expected number) of each."""
+        p = self.memory.popularity
+        chance = p.anywhere(self.memory.hosts.received())
+        chance = chance + p.shares(batch.service, len(chance))
+        chance /= chance.sum()
+        drawn = draw(chance, self.config.drawn, self.windows)
+        return drawn, -np.log(self.config.drawn * chance[drawn]).astype(np.float32)
+
+    def state(self) -> dict[str, Array]:
+        """Everything that it has learnt, as arrays (for a snapshot in safetensors)."""
+        sums = [self.windows, self.learnt, self.advantage, self.unasked, self._windows_since, self._meetings_since]
+        return {"prior": np.array([*sums, self.loss])} | self.memory.state() | self.network.state()
+
+    def restore(self, state: dict[str, Array]) -> None:
+        """What `state` gave, for the same configuration; afterwards it goes on as if nothing had happened."""
+        windows, self.learnt, self.advantage, unasked, since, meetings, self.loss = (float(x) for x in state["prior"])
+        self.windows, self.unasked = int(windows), int(unasked)
+        self._windows_since, self._meetings_since = int(since), int(meetings)
+        self.memory.restore(state)
+        self.network.restore(state)
+        self._view = self._asked = None

@@ -1,0 +1,185 @@
+"""What the meeting prior remembers: hosts, their neighbours, popularity and the meetings to replay, in step with each
+other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowsage.graph.flows import HostTable
+from flowsage.models.columns import Array, Bool, Float32, Int32, Int64, UInt64
+from flowsage.models.neighbours import FROM, TO, NeighbourSlots
+from flowsage.models.popularity import Popularity, keys_of
+from flowsage.models.profiles import FEATURES, HostMemory, Internal, buckets
+from flowsage.models.replay import Replay
+from flowsage.models.sage import Csr
+
+
+@dataclass(frozen=True)
+class Meetings:
+    """n first meetings of a window: host slots, their hashes, service codes, and whether the target was never seen
+    before."""
+
+    source: Int32
+    target: Int32
+    source_hash: UInt64
+    target_hash: UInt64
+    service: Int32
+    fresh: Bool
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n remembered meetings, ordered by service, that training takes out of the tables before it predicts them."""
+
+    source: Int32
+    target: Int32
+    service: Int32
+    """Service slots."""
+    code: Int32
+    weight: Float32
+    offer: Float32
+    pair: Float32
+    """By how much the target's services, and the pair of hosts, were new with it."""
+    gate: Float32
+    """How much it counts in the loss."""
+    fresh: Bool
+    link: Int64
+    """What (source, service) had met before, as a link into the ring."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Inputs of a forward pass: r rows, whose neighbours are among all hosts.
+
+    x f32[r, FEATURES]; into, out_of: neighbours weighted for the encoder; sketched: the same, weighted for signatures.
+    """
+
+    x: Tensor
+    into: Csr
+    out_of: Csr
+    sketched: tuple[Csr, Csr]
+
+
+class MeetingMemory:
+    """Bounded by the number of hosts; a host slot means the same in every part."""
+
+    def __init__(self, *, slots: int, replayed: int, max_hosts: int, seed: int, internal: Internal | None) -> None:
+        self.hosts = HostMemory(internal)
+        self.neighbours = NeighbourSlots(slots, seed)
+        self.popularity = Popularity()
+        self.replay = Replay(replayed)
+        self.max_hosts = max_hosts
+
+    def see(self, table: HostTable, source: Int32, target: Int32, window: int) -> tuple[Int32, Int32]:
+        """Slots of the hosts of a window's contacts (indices into `table`), which counts as one window active."""
+        slots = self.hosts.see(table, source, window), self.hosts.see(table, target, window)
+        self.neighbours.ensure(len(self.hosts))
+        return slots
+
+    def remember(self, met: Meetings, gate: Float32, window: int, most: int) -> Float32:
+        """Enter first meetings with weights `gate` f32[n] (0 to 1); at most `most` of them, by weight, are replayed.
+
+        Returns the weights f32[n] with which they count: gate · j^-1/2 for the j-th target of a (source, service).
+        """
+        pair, weight = self.replay.weigh(keys_of(met.service, met.source_hash), gate, window)
+        service, offer = self.popularity.add(met.service, met.target, met.target_hash, weight, met.fresh, window)
+        bucket = np.empty(len(met), np.int32)
+        buckets(met.service, bucket)
+        self.hosts.add(met.source, met.target, bucket, weight, offer)
+        tie = self.neighbours.meet(met.source, met.target, weight, window)
+        keep: Int64 | slice = slice(None)
+        if len(met) > most:
+            # Weighted sampling without replacement (Efraimidis, Spirakis 2006), by hash, so that it repeats itself.
+            draw = (keys_of(met.service, met.source_hash ^ met.target_hash << np.uint64(1)) >> np.uint64(11)) * 2.0**-53
+            keep = np.sort(np.argpartition(np.log(draw + 1e-18) / np.maximum(weight, 1e-9), -most)[-most:])
+        values = np.stack([weight, offer, tie, gate], 1)
+        self.replay.push(pair[keep], (met.source[keep], met.target[keep], service[keep]), values[keep], met.fresh[keep])
+        return weight
+
+    def forget(self) -> None:
+        """Keep within bounds: what was longest unseen leaves."""
+        moved = self.hosts.evict(self.max_hosts)
+        if moved is not None:
+            self.neighbours.compact(moved)
+            self.popularity.moved(moved)
+            self.replay.moved(moved, None)
+        services = self.popularity.evict(self.max_hosts, 4 * self.max_hosts)
+        if services is not None:
+            self.replay.moved(None, services)
+        self.replay.evict(4 * self.max_hosts)
+
+    def batch(self, at: Int64) -> Batch:
+        """The meetings at these positions of the ring."""
+        at = at[np.argsort(self.replay.ring[at, 2], kind="stable")]
+        source, target, service = self.replay.ring[at].T.copy()
+        weight, offer, pair, gate = self.replay.values[at].T.copy()
+        return Batch(
+            source,
+            target,
+            service,
+            self.popularity.service["code"][service],
+            weight,
+            offer,
+            pair,
+            gate,
+            self.replay.fresh[at],
+            self.replay.prev[at],
+        )
+
+    def links(self, source_hash: UInt64, service: Int32) -> Int64:
+        """Newest meeting i64[n] of each (source hash, service code) in the ring, -1 where there is none."""
+        pair = self.replay.pairs.find(keys_of(service, source_hash))
+        links: Int64 = np.where(pair >= 0, self.replay.pair["head"][pair], -1)
+        return links
+
+    def graph(self, rows: Int32, *, blank: bool = False, without: Batch | None = None) -> Graph:
+        """Features and neighbours of host slots `rows`, without the meetings of a batch; `blank` adds a host that did
+        nothing.
+
+        With `blank`, rows have to be all hosts in order, and neighbours count one host more.
+        """
+        hosts = len(self.hosts)
+        degree = self.neighbours.degree(hosts)
+        total = degree.sum(1)
+        damp = (1 / np.log(2 + total)).astype(np.float32)
+        out = away = None
+        if without is not None:
+            bucket = np.empty(len(without), np.int32)
+            buckets(without.code, bucket)
+            out = (without.source, without.target, bucket, without.weight, without.offer, without.pair)
+            away = ((without.source, without.target), (without.target, without.source))
+        x = self.hosts.features(rows, degree, out)
+        if blank:
+            x = np.concatenate([x, np.zeros((1, FEATURES), np.float32)])
+        # A common neighbour says the less the more hosts it has in common: sketches weigh it by about 1/degree.
+        rarer = torch.from_numpy(((1 + total) ** -0.5 * np.log(2 + total)).astype(np.float32))
+        ways, sketched = [], []
+        for k, way in enumerate((FROM, TO)):
+            indptr, index, value = self.neighbours.csr(way, rows, damp, None if away is None else away[1 - k])
+            if blank:
+                indptr = np.append(indptr, indptr[-1:])
+            parts = torch.from_numpy(indptr), torch.from_numpy(index), hosts + blank, torch.from_numpy(value)
+            ways.append(Csr(*parts))
+            sketched.append(Csr(*parts[:3], parts[3] * rarer[parts[1]]))
+        return Graph(torch.from_numpy(x), ways[0], ways[1], (sketched[0], sketched[1]))
+
+    def state(self) -> dict[str, Array]:
+        """Everything, as arrays."""
+        hosts = self.hosts.state() | self.neighbours.state(len(self.hosts))
+        return hosts | self.popularity.state() | self.replay.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """What `state` gave."""
+        for part in (self.hosts, self.neighbours, self.popularity, self.replay):
+            part.restore(state)

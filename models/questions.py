@@ -1,0 +1,144 @@
+"""Which first meetings are asked about, and the answers: bounded work however many there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flowsage.graph.build import Contacts
+from flowsage.models.columns import Bool, Float32, Float64, Int32, Int64, UInt64
+from flowsage.models.keys import KeyTable
+from flowsage.models.memory import MeetingMemory
+from flowsage.models.network import Network, View
+from flowsage.models.plausibility import LISTED, LOG_GRAPH, LOG_POPULAR, TAIL, ask
+from flowsage.models.popularity import keys_of
+
+DRAWN = 512
+"""Draws from all hosts, where not all hosts are candidates."""
+
+_EXAMINED = 1 << 15
+"""Most (source, service) of a window among which those to ask are chosen."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The first meetings of some contacts: q of them, at positions `contact` i64[q], and what was found of each.
+
+    source, target i32[q]: host slots as of before the window, -1 for a host never seen; tail, log_graph, log_popular
+    f64[q] are NaN where it was not asked.
+    """
+
+    contact: Int64
+    source: Int32
+    target: Int32
+    source_hash: UInt64
+    target_hash: UInt64
+    service: Int32
+    tail: Float64
+    log_graph: Float64
+    log_popular: Float64
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The answers that were possible to one question: n host slots, what each stands for, and how likely it is."""
+
+    host: Int32
+    copies: Float64
+    density: Float64
+
+
+def first_meetings(memory: MeetingMemory, contacts: Contacts, first: Bool) -> Answers:
+    """The contacts that `first` bool[c] marks, but for hosts that meet themselves; nothing asked yet."""
+    at = np.flatnonzero(first & (contacts.src != contacts.dst))
+    source_hash, target_hash = contacts.hosts.hash[contacts.src[at]], contacts.hosts.hash[contacts.dst[at]]
+    blank = np.full((3, len(at)), np.nan)
+    hosts = memory.hosts
+    return Answers(
+        at, hosts.find(source_hash), hosts.find(target_hash), source_hash, target_hash, contacts.service[at], *blank
+    )
+
+
+def answer(
+    memory: MeetingMemory,
+    network: Network,
+    view: View,
+    met: Answers,
+    *,
+    trust: float,
+    exact: int,
+    comparisons: int,
+    per_source: int,
+) -> Candidates:
+    """Fill in the answers of as many of `met` as the bounds allow, in place.
+
+    Asked are (source, service) with all their targets: of each source at most `per_source`, its best-known services
+    first; of the window as many as make `comparisons` with candidates, every source's first before any source's second.
+    Returns the candidates of the last (source, service).
+    """
+    hosts = len(memory.hosts)
+    most = hosts if hosts <= exact else LISTED + DRAWN + 1
+    capacity = max(hosts, 2 * LISTED + DRAWN + 2)
+    scratch = np.empty(capacity, np.int32), np.empty(capacity), np.empty(capacity)
+    if not len(met.contact) or not hosts:
+        return Candidates(scratch[0][:0], scratch[1][:0], scratch[2][:0])
+    group = KeyTable().find_or_insert(keys_of(met.service, met.source_hash), 0)
+    groups = int(group.max()) + 1
+    example = np.empty(groups, np.int64)
+    example[group[::-1]] = np.arange(len(group) - 1, -1, -1)
+    popularity = memory.popularity
+    service = popularity.find(met.service[example])
+    chosen = _choose(met, example, service, popularity.service["total"], max(1, comparisons // most), per_source)
+    chosen = chosen[np.argsort(service[chosen], kind="stable")]
+    rank = np.full(groups, -1, np.int32)
+    rank[chosen] = np.arange(len(chosen), dtype=np.int32)
+    asked = np.flatnonzero(rank[group] >= 0)
+    asked = asked[np.argsort(rank[group[asked]], kind="stable")]
+    begin = np.zeros(len(chosen) + 1, np.int64)
+    begin[1:] = np.cumsum(np.bincount(rank[group[asked]], minlength=len(chosen)))
+    source, code = met.source[example[chosen]], met.service[example[chosen]]
+    towers, stranger = network.sources(view, source, code)
+    anywhere = popularity.anywhere(memory.hosts.received())
+    shared = np.empty(0, np.int32) if hosts <= exact else draw(anywhere, DRAWN, hosts)
+    answers = np.empty((len(asked), 3))
+    candidate, density, copies = scratch
+    replay, services, offers = memory.replay, popularity.service, popularity.offer
+    used = ask(
+        source, service[chosen], memory.links(met.source_hash[example[chosen]], code), begin, met.target[asked],
+        replay.ring, replay.prev, replay.newest, services["head"], offers["next"], offers["target"], offers["weight"],
+        services["total"], services["fresh"], anywhere, shared, towers, view.peers[:hosts].numpy(), stranger,
+        popularity.fresh_share, trust, answers, candidate, density, copies,
+    )  # fmt: skip
+    for column, values in ((TAIL, met.tail), (LOG_GRAPH, met.log_graph), (LOG_POPULAR, met.log_popular)):
+        values[asked] = answers[:, column]
+    return Candidates(candidate[:used], copies[:used], density[:used])
+
+
+def _choose(met: Answers, example: Int64, service: Int32, totals: Float32, most: int, per_source: int) -> Int64:
+    """Groups to ask, i64[<= most]."""
+    groups = np.arange(len(example))
+    if len(groups) <= min(most, per_source):
+        return groups
+    source = met.source_hash[example]
+    tie = keys_of(met.service[example], source)
+    if len(groups) > _EXAMINED:
+        groups = np.sort(np.argpartition(tie, _EXAMINED)[:_EXAMINED])
+    known = np.where(service >= 0, totals[service], -1.0)
+    groups = groups[np.lexsort((tie[groups], -known[groups], source[groups]))]
+    _, begin, count = np.unique(source[groups], return_index=True, return_counts=True)
+    turn = np.arange(len(groups)) - np.repeat(begin, count)
+    within = turn < per_source
+    groups, turn = groups[within], turn[within]
+    if len(groups) > most:
+        groups = groups[np.lexsort((tie[groups], turn))[:most]]
+    chosen: Int64 = np.sort(groups)
+    return chosen
+
+
+def draw(chance: Float32, count: int, seed: int) -> Int32:
+    """`count` host slots with replacement, in proportion to chance f32[h]."""
+    total = np.cumsum(chance, dtype=np.float64)
+    at = (np.random.default_rng(seed).random(count)) * total[-1]
+    slots: Int32 = np.minimum(np.searchsorted(total, at, side="right"), len(chance) - 1).astype(np.int32)
+    return slots
