@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from flowsage.collector.clock import SECOND, UnixClock
 from flowsage.collector.errors import ConfigurationError, FlowsageError
-from flowsage.collector.interface import in_namespace, index_of, is_running, read_interface, require_ethernet
+from flowsage.collector.interface import in_namespace, index_of, is_running, require_ethernet
 from flowsage.collector.ledger import Ledger, Snapshot
 from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.publish import PublishCounts, Sink
@@ -126,7 +126,7 @@ class Agent:
         try:
             with in_namespace(settings.netns):
                 for watched in self._watched:
-                    require_ethernet(read_interface(watched.name))
+                    require_ethernet(watched.name)
                 self.program.load()
                 now = self.clock.monotonic_ns()
                 for watched in self._watched:

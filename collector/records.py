@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 SCHEMA_VERSION = 1
 
@@ -233,6 +232,8 @@ def to_batch(records: npt.NDArray[Any], *, clock_offset_ns: int, sensor: str) ->
 
 def _reduce(table: pa.Table, name: str, group: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> Any:
     """Column `name` of the groups [g]: rows are sorted by group, `first` [g] is where each begins."""
+    import pyarrow.compute as pc
+
     column = table.column(name)
     kind = column.type
     stem = name.removesuffix("_fwd").removesuffix("_rev")
@@ -266,6 +267,8 @@ def merge_same_flow(table: pa.Table) -> pa.Table:
     Counts and sums are added, flags or-ed, extremes kept; the initiator, VLAN, interface and ICMP type are those of the
     earliest record, the end reason that of the latest. A table in which every flow has one record comes back as it was.
     """
+    import pyarrow.compute as pc
+
     n = len(table)
     table = table.unify_dictionaries().combine_chunks()
     if not n:

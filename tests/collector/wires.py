@@ -1,0 +1,116 @@
+"""A cable for tests: two network namespaces joined by a veth pair, and raw sockets to put frames on it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.l2 import Ether
+
+from flowsage.collector.interface import in_namespace, read_interface
+
+_numbers = itertools.count()
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def eventually(what: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait until `what` is true; fail where it never is."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+@dataclass
+class Wire:
+    """`near` is the namespace in which `port` is watched; what is sent on `far`'s end arrives there."""
+
+    near: str
+    far: str
+    port: str
+    other: str
+
+    def add(self) -> None:
+        """The pair itself; both ends up, without addresses of their own, so that nothing but the test sends."""
+        ip("link", "add", self.port, "netns", self.near, "type", "veth", "peer", "name", self.other, "netns", self.far)
+        for namespace, end in ((self.near, self.port), (self.far, self.other)):
+            ip("-n", namespace, "link", "set", end, "addrgenmode", "none")
+            ip("-n", namespace, "link", "set", end, "up")
+
+    def delete(self) -> None:
+        ip("-n", self.near, "link", "delete", self.port)
+
+    @contextmanager
+    def sender(self) -> Iterator[socket.socket]:
+        with in_namespace(self.far):
+            s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+            s.bind((self.other, 0))
+        with s:
+            yield s
+
+    def send(self, *frames: bytes) -> int:
+        with self.sender() as s:
+            for frame in frames:
+                s.send(frame)
+        return len(frames)
+
+
+@contextmanager
+def wire(*, beside: Wire | None = None) -> Iterator[Wire]:
+    """A cable for the length of a block, `beside` another in its near namespace; needs root."""
+    tag = f"fsse{os.getpid() % 100_000}{next(_numbers) % 100:02d}"
+    made = Wire(near=beside.near if beside else f"{tag}n", far=f"{tag}f", port=f"{tag}n", other=f"{tag}f")
+    own = [made.far] if beside else [made.near, made.far]
+    for namespace in own:
+        ip("netns", "add", namespace)
+    try:
+        made.add()
+        yield made
+    finally:
+        for namespace in own:
+            subprocess.run(["ip", "netns", "delete", namespace], check=False)
+
+
+def attached(cable: Wire) -> bool:
+    """Whether the kernel runs any XDP program on the watched end."""
+    with in_namespace(cable.near):
+        return read_interface(cable.port).xdp_program is not None
+
+
+def udp(src: str, dst: str, sport: int = 1000, dport: int = 53, payload: bytes = b"x") -> bytes:
+    return bytes(
+        Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
+        / IP(src=src, dst=dst)
+        / UDP(sport=sport, dport=dport)
+        / payload
+    )
+
+
+def tcp(src: str, dst: str, sport: int, dport: int, flags: str, payload: bytes = b"") -> bytes:
+    ends = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src=src, dst=dst)
+    return bytes(ends / TCP(sport=sport, dport=dport, flags=flags) / payload)
+
+
+def conversation(client: str, server: str, sport: int, dport: int = 80) -> list[bytes]:
+    """A whole TCP connection, both ways: 8 packets with FIN from both."""
+    there, back = (client, server, sport, dport), (server, client, dport, sport)
+    return [
+        tcp(*there, "S"),
+        tcp(*back, "SA"),
+        tcp(*there, "A"),
+        tcp(*there, "PA", b"request"),
+        tcp(*back, "PA", b"answer"),
+        tcp(*there, "FA"),
+        tcp(*back, "FA"),
+        tcp(*there, "A"),
+    ]
