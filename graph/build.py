@@ -15,6 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from flowsage.graph import memory
 from flowsage.graph.flows import SERVICE_BITS, Bool, FlowBatch, HostTable, Int32, Int64, UInt64
 from flowsage.graph.prefetch import prefetch
 
@@ -134,7 +135,7 @@ _LAST_EPOCH = 0xFFFFFF
 
 
 @numba.njit(cache=True, nogil=True)
-def _fold(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+def _fold(  # type: ignore[no-untyped-def]
     state, window_ns, window, start, end, src, dst, service, pf, pr, bf, br, answered, failed, told,
     table, rows, of_flow, first, windows, offsets, flow_offsets,
 ):  # fmt: skip
@@ -250,7 +251,7 @@ def _fold(  # type: ignore[no-untyped-def]  # noqa: PLR0917
 
 
 @numba.njit(cache=True, nogil=True)
-def _unpack(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+def _unpack(  # type: ignore[no-untyped-def]
     rows, windows, offsets, window, src, dst, service, flows, answered, failed, pf, pr, bf, br, last, kept, told
 ):
     """Rows of `_fold` as the columns of `Contacts`."""
@@ -278,9 +279,9 @@ class _Scratch(threading.local):
         self.fresh()
 
     def fresh(self) -> None:
-        self.table = np.zeros(_TABLE, np.uint64)
-        self.rows: Int64 = np.empty((_ROWS, 8), np.int64)
-        self.first: Int64 = np.empty(_ROWS, np.int64)
+        self.table: UInt64 = memory.zeros(_TABLE, np.uint64)
+        self.rows: Int64 = memory.empty((_ROWS, 8), np.int64)
+        self.first: Int64 = memory.empty(_ROWS, np.int64)
         self.epoch = 0
 
     def keep(self, table: UInt64, rows: Int64, first: Int64, epoch: int) -> None:
@@ -324,8 +325,8 @@ def _contacts(flows: FlowBatch, window_ns: int, window: Int64) -> Contacts:
     else:
         span = int(flows.start_ns[-1]) // window_ns - int(flows.start_ns[0]) // window_ns + 1
     room = max(0, min(span, n))
-    windows, offsets, flow_offsets = (np.empty(room + k, np.int64) for k in (0, 1, 1))
-    of_flow = np.empty(n, np.int32)
+    windows, offsets, flow_offsets = (memory.empty(room + k, np.int64) for k in (0, 1, 1))
+    of_flow = memory.empty(n, np.int32)
     table, rows, first = s.table, s.rows, s.first
     state = np.array([0, 0, 0, 0, 255, s.epoch, _DONE], np.int64)
     while True:
@@ -335,11 +336,11 @@ def _contacts(flows: FlowBatch, window_ns: int, window: Int64) -> Contacts:
             flows.answered, flows.failed, flows.told, table, rows, of_flow, first, windows, offsets, flow_offsets,
         )  # fmt: skip
         if state[_STATUS] == _MORE_ROWS:
-            # Allocated here and not in the kernel: NumPy asks for huge pages, which the pages touched at random need.
+            # Allocated here and not in the kernel: NumPy asks for huge pages, which rows touched at random need.
             held, wanted = len(rows), max(2 * len(rows), min(n // 4, 8 * len(rows)))
             rows, first = _longer(rows, held, wanted), _longer(first, held, wanted)
         elif state[_STATUS] == _MORE_TABLE:
-            table = np.zeros(4 * len(table), np.uint64)
+            table = memory.zeros(4 * len(table), np.uint64)
             state[_EPOCH] = 0
         else:
             break
@@ -348,15 +349,15 @@ def _contacts(flows: FlowBatch, window_ns: int, window: Int64) -> Contacts:
         raise ValueError("flows are not in time order; sort them by start_ns, as WindowBuffer hands them over")
     c, w = int(state[_CONTACT]), int(state[_WINDOW])
     windows, offsets, flow_offsets = windows[:w], offsets[: w + 1], flow_offsets[: w + 1]
-    src, dst, service = np.empty(c, np.int32), np.empty(c, np.int32), np.empty(c, np.int32)
-    count, answered, failed = np.empty(c, np.int32), np.empty(c, np.int32), np.empty(c, np.int32)
-    packets_fwd, packets_rev = np.empty(c, np.int64), np.empty(c, np.int64)
-    bytes_fwd, bytes_rev = np.empty(c, np.int64), np.empty(c, np.int64)
+    src, dst, service = memory.empty(c, np.int32), memory.empty(c, np.int32), memory.empty(c, np.int32)
+    count, answered, failed = memory.empty(c, np.int32), memory.empty(c, np.int32), memory.empty(c, np.int32)
+    packets_fwd, packets_rev = memory.empty(c, np.int64), memory.empty(c, np.int64)
+    bytes_fwd, bytes_rev = memory.empty(c, np.int64), memory.empty(c, np.int64)
     of_contact, last, kept, told = (
-        np.empty(c, np.int64),
-        np.empty(c, np.int64),
-        np.empty(c, np.bool_),
-        np.empty(c, np.bool_),
+        memory.empty(c, np.int64),
+        memory.empty(c, np.int64),
+        memory.empty(c, np.bool_),
+        memory.empty(c, np.bool_),
     )
     _unpack(
         rows, windows, offsets, of_contact, src, dst, service, count, answered, failed,
@@ -370,6 +371,6 @@ def _contacts(flows: FlowBatch, window_ns: int, window: Int64) -> Contacts:
 
 
 def _longer(array: Int64, held: int, length: int) -> Int64:
-    longer = np.empty((length, *array.shape[1:]), np.int64)
+    longer = memory.empty((length, *array.shape[1:]), np.int64)
     longer[:held] = array[:held]
     return longer

@@ -74,9 +74,12 @@ class WindowBuffer:
         idle_timeout_ns: int = 30_000_000_000,
         max_ahead_ns: int = 3_600_000_000_000,
     ) -> None:
-        """Raises ValueError for a length of time that is not positive (lateness may be 0)."""
-        if window_ns <= 0 or pane_ns <= 0 or lateness_ns < 0 or idle_timeout_ns <= 0 or max_ahead_ns <= 0:
-            raise ValueError("windows, panes, idle time and bounds must be positive, and lateness not negative")
+        """`pane_ns` 0: no panes, for those who never take them.
+
+        Raises ValueError for a length of time that is not positive (panes and lateness may be 0).
+        """
+        if window_ns <= 0 or pane_ns < 0 or lateness_ns < 0 or idle_timeout_ns <= 0 or max_ahead_ns <= 0:
+            raise ValueError("windows, idle time and bounds must be positive, panes and lateness not negative")
         self.window_ns, self.pane_ns, self.lateness_ns = window_ns, pane_ns, lateness_ns
         self.counters = WindowCounters()
         self._clock, self._idle_timeout_ns, self._max_ahead_ns = clock, idle_timeout_ns, max_ahead_ns
@@ -85,8 +88,6 @@ class WindowBuffer:
         self._closed_until = _NEVER  # windows before this index have closed
         self._open: list[tuple[int, int, FlowBatch]] = []  # earliest and latest start, flows
         self._panes: list[tuple[Int64, FlowBatch]] = []  # pane of each flow, flows
-        self._pane_from = _NEVER  # earliest pane not handed over
-        self._arrived = 0
 
     @property
     def watermark_ns(self) -> int | None:
@@ -121,7 +122,8 @@ class WindowBuffer:
         before = self._watermark
         reached = self._advance(state, batch, watermark_ns, now)
         if len(batch):
-            self._panes.append((reached // self.pane_ns, batch))
+            if self.pane_ns:
+                self._panes.append((reached // self.pane_ns, batch))
             self._hold(batch, reached if watermark_ns is None else np.full(len(batch), before, np.int64))
         self._rise()
 

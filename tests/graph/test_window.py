@@ -289,6 +289,13 @@ def test_panes_are_steps_of_arrival() -> None:
     assert (starts(taken[0]), taken[1].tolist()) == ([31], [3])
 
 
+def test_without_panes_none_are_kept() -> None:
+    buffer = WindowBuffer(W, 0)
+    buffer.add(flows(1, 2, 300))
+    assert buffer.take_panes(flush=True) is None
+    assert starts(buffer.close_ready()) == [1, 2]
+
+
 def test_thousands_of_small_batches_with_hosts_of_their_own_are_put_together_right() -> None:
     whole = power_law(20_000, 700, 3_000, windows=3, seed=5)
     names = whole.hosts.names.to_pylist()
@@ -327,7 +334,7 @@ def test_flows_in_order_are_handed_on_without_being_copied() -> None:
 
 
 def test_lengths_that_make_no_windows_are_refused() -> None:
-    for bad in ((0, 1, 0), (1, 0, 0), (1, 1, -1)):
+    for bad in ((0, 1, 0), (1, -1, 0), (1, 1, -1)):
         with pytest.raises(ValueError, match="positive"):
             WindowBuffer(*bad)
 
