@@ -7,6 +7,7 @@ import math
 import numba
 import numpy as np
 
+from flowsage.graph.prefetch import prefetch
 from flowsage.models.key_levels import (
     E_GAPS,
     E_LAST,
@@ -27,7 +28,7 @@ from flowsage.models.key_levels import (
     SVC_PAIRS,
     SVC_REGULAR,
 )
-from flowsage.models.keys import AHEAD, prefetch
+from flowsage.models.keys import AHEAD
 from flowsage.models.weights import CONSTANTS
 
 _SILENCE, _SHORTEST, _MEMORY, _CAP = (

@@ -8,6 +8,7 @@ import numba
 import numpy as np
 
 from flowsage.graph.flows import SERVICE_BITS
+from flowsage.graph.prefetch import prefetch
 from flowsage.models.key_levels import (
     ES_ALL,
     ES_ANSWERED,
@@ -33,7 +34,7 @@ from flowsage.models.key_levels import (
     SVC_ROWS,
     SVC_X,
 )
-from flowsage.models.keys import AHEAD, prefetch
+from flowsage.models.keys import AHEAD
 from flowsage.models.weights import CONSTANTS
 
 _THETA, _D, _POOLED = CONSTANTS.strength, CONSTANTS.discount, CONSTANTS.pooled

@@ -26,6 +26,8 @@ from flowsage.models.scoring import contact_sums, score
 from flowsage.models.volume import volume
 from flowsage.models.weights import CONSTANTS, WEIGHTS, Weights
 
+__all__ = ["ContactTerms", "History", "HistoryConfig", "HistoryScores"]
+
 _CHUNK = 1 << 18
 """Contacts handled at once: bounds the memory of a long run, and changes no result."""
 _THREADED = 1 << 14
@@ -208,9 +210,7 @@ class History:
 
     def _check(self, flows: FlowBatch, contacts: Contacts) -> None:
         if len(flows) != len(contacts.of_flow):
-            raise ValueError(
-                f"{len(flows)} flows, but contacts of {len(contacts.of_flow)}; give those of the same run"
-            )
+            raise ValueError(f"{len(flows)} flows, but contacts of {len(contacts.of_flow)}; give those of the same run")
         if len(contacts.windows) and contacts.windows[0] <= self.last_window:
             raise ValueError(
                 f"window {int(contacts.windows[0])} is not later than {self.last_window}, which is learnt already; "

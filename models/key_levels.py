@@ -12,7 +12,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from flowsage.models.keys import KEY, ROW, SEEN, SLOT, Int32, Int64, KeyTable, mix, position, prefetch
+from flowsage.graph.prefetch import prefetch
+from flowsage.models.keys import KEY, ROW, SEEN, SLOT, Int32, Int64, KeyTable, mix, position
 from flowsage.models.weights import CONSTANTS
 
 S, SVC, SS, E, ES, O = range(6)  # noqa: E741

@@ -8,15 +8,13 @@ sequence. Keys have to be well mixed (`mix`, or a hash of a name): the low bits 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+
+from flowsage.graph.prefetch import prefetch
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -31,34 +29,6 @@ AHEAD = 16
 
 NEVER = np.iinfo(np.int64).min
 """A tick before every tick."""
-
-
-def _prefetch(typing: Any, array: Any, index: Any) -> Any:
-    """LLVM's prefetch of the address of array[index], as a numba intrinsic."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind, _ = signature.args
-        at = context.make_array(kind)(context, builder, arguments[0])
-        row = cgutils.unpack_tuple(builder, at.strides, kind.ndim)[0]  # type: ignore[no-untyped-call]
-        byte, word = ir.IntType(8), ir.IntType(32)
-        start = builder.bitcast(at.data, byte.as_pointer())
-        pointer = builder.gep(start, [builder.mul(arguments[1], row)])
-        name = "llvm.prefetch.p0i8"
-        call = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
-            builder.module, ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word]), name
-        )
-        builder.call(call, [pointer, word(0), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
-prefetch: Callable[[Any, Any], None] = cast(Any, intrinsic(_prefetch))
-"""prefetch(array, index), in kernels: start to load array[index] into the cache. A hint, without effect on results.
-
-Memory of keys is spread out, and each miss costs some 100 ns: with this, loops over rows run three to five times as
-fast. `index` has to lie within the array.
-"""
 
 
 @numba.njit(cache=True, nogil=True, inline="always")

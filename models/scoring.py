@@ -7,8 +7,9 @@ import math
 import numba
 import numpy as np
 
+from flowsage.graph.prefetch import prefetch
 from flowsage.models.familiarity import B_S, B_SS, DC, K_SS, TERMS, D
-from flowsage.models.keys import AHEAD, prefetch
+from flowsage.models.keys import AHEAD
 from flowsage.models.weights import CONSTANTS
 
 _ABOVE, _BEACON_FLOOR, _BEACON_SCALE = CONSTANTS.regular_above, CONSTANTS.beacon_floor, CONSTANTS.beacon_scale

@@ -7,8 +7,9 @@ import math
 import numba
 import numpy as np
 
+from flowsage.graph.prefetch import prefetch
 from flowsage.models.key_levels import V_M2, V_MEAN, V_WINDOWS
-from flowsage.models.keys import AHEAD, prefetch
+from flowsage.models.keys import AHEAD
 from flowsage.models.weights import CONSTANTS
 
 _FLOOR, _CAP, _MEMORY = CONSTANTS.volume_floor, CONSTANTS.volume_cap, CONSTANTS.volume_memory

@@ -1,5 +1,6 @@
 """Every weight and constant of the history score, in one place. DETECTION.md part 1 measured them on labelled files;
-none is fitted at run time. Kernels take the constants at compile time, the weights of the sum at run time."""
+none is fitted at run time. Kernels take the constants at compile time (after a change, `flowsage.models.warm` throws
+out what was compiled before), the weights of the sum at run time."""
 
 from __future__ import annotations
 

@@ -1,0 +1,94 @@
+"""Compile every kernel of graph/ and models/ into numba's cache, so that no packet waits for a compiler.
+
+    python -m flowsage.models.warm
+
+Kernels compile once a signature, so a little made-up traffic through the real functions is all it takes. A part that
+has kernels of its own adds a line to `STEPS`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from flowsage import graph, models
+from flowsage.graph.build import Contacts, contacts
+from flowsage.graph.flows import FlowBatch, from_table
+from flowsage.models.history import History
+from flowsage.models.keys import KeyTable
+
+_MINUTE = 60_000_000_000
+
+
+def traffic() -> pa.Table:
+    """A few flows in two windows, with every column that a flow file may have."""
+    n = 8
+    ports = {"src_port": 40_000, "dst_port": 443, "proto": 6}
+    counts = {"packets_fwd": 3, "packets_rev": 2, "bytes_fwd": 500, "bytes_rev": 900}
+    start = np.arange(n, dtype=np.int64) * (_MINUTE // 4)
+    return pa.table(
+        {
+            "start_ns": start,
+            "end_ns": start + 1,
+            "src_ip": [f"10.0.0.{k % 3}" for k in range(n)],
+            "dst_ip": [f"10.0.1.{k % 2}" for k in range(n)],
+            **{name: np.full(n, value, np.int64) for name, value in (ports | counts).items()},
+            "state": ["SF"] * n,
+        }
+    )
+
+
+def forget_stale() -> int:
+    """Throw out caches older than any source of either package; returns the number of files.
+
+    numba looks at the age of a kernel's own file only, not at what is inlined or read as a constant from others.
+    """
+    thrown = 0
+    folders = [Path(package.__path__[0]) for package in (graph, models)]
+    newest = max(source.stat().st_mtime for folder in folders for source in folder.glob("*.py"))
+    for folder in folders:
+        for cached in (folder / "__pycache__").glob("*.nb[ci]"):
+            if cached.stat().st_mtime < newest:
+                cached.unlink(missing_ok=True)
+                thrown += 1
+    return thrown
+
+
+def warm_keys(flows: FlowBatch, run: Contacts) -> None:
+    """Tables of keys."""
+    table = KeyTable()
+    table.find(flows.hosts.hash)
+    table.find_or_insert(np.arange(100, dtype=np.uint64), 0)  # more than fit: it grows
+    table.evict(50)
+
+
+def warm_history(flows: FlowBatch, run: Contacts) -> None:
+    """History: scores, provisional lookups, snapshots."""
+    history = History()
+    history.score(flows, run)
+    History.restore(history.state()).lookup(run)
+
+
+STEPS: tuple[Callable[[FlowBatch, Contacts], None], ...] = (warm_keys, warm_history)
+
+
+def main() -> None:
+    """Compile everything; says on stderr what took how long."""
+    began = time.perf_counter()
+    forget_stale()
+    flows = from_table(traffic())
+    run = contacts(flows, _MINUTE)
+    print(f"flows and contacts: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    for step in STEPS:
+        began = time.perf_counter()
+        step(flows, run)
+        print(f"{step.__name__.removeprefix('warm_')}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
