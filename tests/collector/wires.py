@@ -5,18 +5,20 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from flowsage.collector.interface import in_namespace, read_interface
 
 _numbers = itertools.count()
+MACS = bytes.fromhex("020000000002020000000001")
 
 
 def ip(*words: str) -> None:
@@ -88,12 +90,10 @@ def attached(cable: Wire) -> bool:
 
 
 def udp(src: str, dst: str, sport: int = 1000, dport: int = 53, payload: bytes = b"x") -> bytes:
-    return bytes(
-        Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
-        / IP(src=src, dst=dst)
-        / UDP(sport=sport, dport=dport)
-        / payload
-    )
+    """An Ethernet frame with a UDP datagram, packed by hand (scapy takes half a millisecond a frame), no checksums."""
+    size = 28 + len(payload)
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, size, 1, 0, 64, 17, 0, socket.inet_aton(src), socket.inet_aton(dst))
+    return MACS + b"\x08\x00" + head + struct.pack("!HHHH", sport, dport, size - 20, 0) + payload
 
 
 def tcp(src: str, dst: str, sport: int, dport: int, flags: str, payload: bytes = b"") -> bytes:
