@@ -9,10 +9,10 @@ with Lab(LabSettings(seed=1)) as lab:
     truth = lab.wait_attack(truth, timeout_s=60)
 """
 
+from flowsage.collector.interface import in_namespace
 from flowsage.pipelines.lab.command import run_lab
 from flowsage.pipelines.lab.lab import Lab, LabHost, LabSettings, Scheduled, parse_schedule
 from flowsage.pipelines.lab.misbehaviour import ATTACKS, Attack
-from flowsage.pipelines.lab.network import in_namespace
 from flowsage.pipelines.lab.record import Recorded, Recording
 from flowsage.pipelines.lab.truth import Step, Truth, label_file, label_flows, read_truth
 

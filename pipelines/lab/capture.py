@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flowsage.collector.errors import FlowsageError
-from flowsage.pipelines.lab.network import in_namespace
+from flowsage.collector.interface import in_namespace
 from flowsage.pipelines.lab.record import Recorded
 
 _ETH_P_ALL = 0x0003

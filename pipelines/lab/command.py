@@ -33,11 +33,13 @@ def run_lab(
     record: Path | None = None,
     out: TextIO | None = None,
     on_started: Callable[[Lab], None] | None = None,
+    on_ending: Callable[[Lab], None] | None = None,
 ) -> list[Truth]:
     """Run a lab until `duration_s` is over, or SIGINT or SIGTERM comes; messages go to `out` (None: stderr).
 
     `record` is a pcap file of everything that crosses the bridge. `on_started` is called with the running lab (to
-    attach to it, for instance). Call from the main thread. Returns the truth about every misbehaviour.
+    attach a sensor, say), `on_ending` while its interfaces still exist (to flush and detach it). Call from the main
+    thread. Returns the truth about every misbehaviour.
     """
     stream = out or sys.stderr
     over = threading.Event()
@@ -68,4 +70,6 @@ def run_lab(
             done = recording.stop()
             say(f"recorded {done.packets} packets ({done.dropped} dropped) to {record}")
         say("stopping")
+        if on_ending is not None:
+            on_ending(lab)
     return lab.truths()

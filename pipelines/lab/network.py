@@ -15,14 +15,15 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from flowsage.collector.errors import FlowsageError, InterfaceError, PrivilegeError
+from flowsage.collector.interface import in_namespace
 from flowsage.pipelines.lab.plan import DARK_NETWORK, GATEWAY, HostPlan
 
 NAMESPACES = Path("/run/netns")
@@ -70,7 +71,7 @@ def _call(result: int, what: str) -> None:
 
 
 def enter(path: Path | str) -> None:
-    """Move the calling thread into the network namespace mounted at `path`.
+    """Move the calling thread into the network namespace mounted at `path`, for good.
 
     Raises InterfaceError where there is none, PrivilegeError without CAP_SYS_ADMIN.
     """
@@ -82,24 +83,6 @@ def enter(path: Path | str) -> None:
         _call(_libc.setns(fd, _CLONE_NEWNET), f"enter the network namespace {path}")
     finally:
         os.close(fd)
-
-
-@contextmanager
-def in_namespace(path: Path | str) -> Iterator[None]:
-    """Run the block with the calling thread inside the network namespace at `path`.
-
-    Sockets opened and XDP links made in the block belong to that namespace for as long as they live. Only the network
-    changes: mounts (bpffs, /sys) stay as they are, so /sys/class/net goes on showing the outer namespace.
-    """
-    back = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        enter(path)
-        try:
-            yield
-        finally:
-            _call(_libc.setns(back, _CLONE_NEWNET), "return to the outer network namespace")
-    finally:
-        os.close(back)
 
 
 def _write(path: str, value: str) -> None:
@@ -168,7 +151,7 @@ def _build(prefix: str, hosts: Sequence[HostPlan]) -> None:
     switch = create_namespace(switch_name(prefix))
     paths = {host.name: create_namespace(host_namespace(prefix, host.name)) for host in hosts}
     bridge = f"{prefix}-br"
-    with in_namespace(switch), IPRoute() as ip:
+    with in_namespace(str(switch)), IPRoute() as ip:
         ip.link("set", index=1, state="up")
         ip.link("add", ifname=bridge, kind="bridge", br_stp_state=0, br_forward_delay=0, br_mcast_snooping=0)
         master = ip.link_lookup(ifname=bridge)[0]
@@ -183,7 +166,7 @@ def _build(prefix: str, hosts: Sequence[HostPlan]) -> None:
             ip.link("set", index=ip.link_lookup(ifname=port)[0], master=master, state="up")
             disable_offloads(port)
     for host in hosts:
-        with in_namespace(paths[host.name]), IPRoute() as ip:
+        with in_namespace(str(paths[host.name])), IPRoute() as ip:
             _configure_host(ip, host)
 
 
@@ -244,7 +227,7 @@ def remove(prefix: str) -> list[str]:
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.01 * (attempt + 1))
     if namespace_path(switch_name(prefix)).exists():
-        with suppress(FlowsageError), in_namespace(namespace_path(switch_name(prefix))), IPRoute() as ip:
+        with suppress(FlowsageError), in_namespace(str(namespace_path(switch_name(prefix)))), IPRoute() as ip:
             for link in ip.get_links():
                 if link.get_attr("IFLA_IFNAME", "").startswith(f"{prefix}-"):
                     with suppress(Exception):  # a veth that went with its peer
