@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from flowsage.collector.clock import SECOND, UnixClock
 from flowsage.collector.errors import ConfigurationError, FlowsageError
-from flowsage.collector.interface import in_namespace, index_of, is_running, require_ethernet
+from flowsage.collector.interface import driver_of, in_namespace, index_of, is_running, require_ethernet, vlan_offload
 from flowsage.collector.ledger import Ledger, Snapshot
 from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.publish import PublishCounts, Sink
@@ -145,6 +145,13 @@ class Agent:
         )
         watched.index, watched.complaint = attachment.ifindex, ""
         logger.info("watching %s (%s mode)", watched.name, attachment.mode.value)
+        if vlan_offload(watched.name) and driver_of(watched.name) != "veth":
+            logger.warning(
+                "%s takes VLAN tags off before they can be seen, so flows carry no VLAN; `ethtool -K %s rxvlan off` "
+                "leaves them on",
+                watched.name,
+                watched.name,
+            )
 
     def run(self) -> Snapshot:
         """Open, work until `stop`, close; returns the final ledger. Raises what ends it otherwise, after closing."""

@@ -123,6 +123,18 @@ def test_no_privilege_is_one_sentence_and_its_exit_code(cable, tmp_path):
     assert not attached(cable)
 
 
+def test_a_kernel_that_does_not_show_its_btf_is_no_obstacle(cable, tmp_path):
+    hide = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /sys/kernel/btf && exec "$@"', "sh")
+    process = start_collect(cable, tmp_path / "out", *hide)
+    assert process.stderr
+    assert process.stderr.readline() == "ready\n"
+    cable.send(udp("10.0.0.1", "10.0.0.2"))
+    process.terminate()
+    code, err = refused(process)
+    assert code == 0
+    assert "1 packets seen" in err
+
+
 def test_a_missing_interface_ends_collect_with_one_sentence(cable, tmp_path):
     absent = replace_port(cable, "fsnothing")
     code, err = refused(start_collect(absent, tmp_path / "out"))

@@ -7,10 +7,12 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
@@ -114,3 +116,29 @@ def conversation(client: str, server: str, sport: int, dport: int = 80) -> list[
         tcp(*back, "FA"),
         tcp(*there, "A"),
     ]
+
+
+def blast(cable: Wire, *, flows: int, packets: int, rate: int) -> int:
+    """`packets` datagrams of `flows` flows onto the wire, `rate` a second; returns how many were sent."""
+    frames = [udp(f"10.{i % 200}.{i // 200 % 250}.1", "10.0.0.2", 1 + i % 60_000) for i in range(flows)]
+    sent, began = 0, time.monotonic()
+    with cable.sender() as s:
+        while sent < packets:
+            for frame in itertools.islice(itertools.cycle(frames), sent % flows, sent % flows + rate // 100):
+                s.send(frame)
+            sent += rate // 100
+            time.sleep(max(0.0, began + sent / rate - time.monotonic()))
+    return sent
+
+
+def start_blast(cable: Wire, *, flows: int, packets: int, rate: int) -> subprocess.Popen[str]:
+    """`blast` in a process of its own, so that it shares no interpreter lock with the sensor; it prints the count."""
+    words = [cable.near, cable.far, cable.port, cable.other, str(flows), str(packets), str(rate)]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.collector.wires", *words], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+
+
+if __name__ == "__main__":
+    print(blast(Wire(*sys.argv[1:5]), flows=int(sys.argv[5]), packets=int(sys.argv[6]), rate=int(sys.argv[7])))
