@@ -13,6 +13,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from flowsage.graph.prefetch import prefetch
+
 FEATURE_VERSION = 1
 PROFILE = 16
 """Dimensions that services are hashed to."""
@@ -184,30 +186,34 @@ def fill_edges(sums, detail, tick_ms, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def fill_nodes(src, dst, edges, flows_of, services, internal, tick_ms, sums, out):  # type: ignore[no-untyped-def]
-    """`NODE_FEATURES` from raw sums -> f32[h, F], whose profile columns hold counts of (peer, service).
+def fill_nodes(out_offsets, in_offsets, in_edges, edges, flows_of, services, internal, tick_ms, begin, end, out):  # type: ignore[no-untyped-def]
+    """`NODE_FEATURES` of hosts begin..end-1 from raw sums -> f32[h, F], whose profile columns hold counts so far.
 
-    src, dst i32[e]; edges i64[e, 16]; flows_of i64[h, 16]; services i32[h, 2], internal bool[h]; sums f64[h, 16] of 0
-    is scratch: flows, answered, failed as initiator, and as responder; packets and bytes sent, received; peers.
+    CSR i32 as in HostGraph; edges i64[e, 16]; flows_of i64[h, 16]; services i32[h, 2], internal bool[h].
     """
-    h = len(out)
-    for k in range(len(src)):
-        a, b = sums[src[k]], sums[dst[k]]
-        for column in range(3):
-            a[column] += edges[k, column]
-            b[3 + column] += edges[k, column]
-        a[6] += edges[k, E_PF]
-        b[6] += edges[k, E_PR]
-        a[7] += edges[k, E_PR]
-        b[7] += edges[k, E_PF]
-        a[8] += edges[k, E_BF]
-        b[8] += edges[k, E_BR]
-        a[9] += edges[k, E_BR]
-        b[9] += edges[k, E_BF]
-        a[10] += 1
-        b[11] += 1
-    for i in range(h):
-        row, s = out[i], sums[i]
+    s = np.empty(12)  # flows, answered, failed as initiator, as responder; packets, bytes sent, received; peers
+    for i in range(begin, end):
+        s[:] = 0
+        s[10] = out_offsets[i + 1] - out_offsets[i]
+        s[11] = in_offsets[i + 1] - in_offsets[i]
+        for k in range(out_offsets[i], out_offsets[i + 1]):
+            for column in range(3):
+                s[column] += edges[k, column]
+            s[6] += edges[k, E_PF]
+            s[7] += edges[k, E_PR]
+            s[8] += edges[k, E_BF]
+            s[9] += edges[k, E_BR]
+        for j in range(in_offsets[i], in_offsets[i + 1]):
+            if j + 16 < len(in_edges):
+                prefetch(edges, np.int64(in_edges[j + 16]))
+            k = in_edges[j]
+            for column in range(3):
+                s[3 + column] += edges[k, column]
+            s[6] += edges[k, E_PR]
+            s[7] += edges[k, E_PF]
+            s[8] += edges[k, E_BR]
+            s[9] += edges[k, E_BF]
+        row = out[i]
         row[2] = _ln1(s[6])
         row[3] = _ln1(s[7])
         row[4] = _ln1(s[8])

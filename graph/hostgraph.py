@@ -192,16 +192,24 @@ def host_graph(flows: FlowBatch, folded: Contacts | None = None, *, internal: In
         aggregate.profile(local_src, local_dst, folded.service, first, services, node_features, keys)
 
     own = internal(flows.hosts)[host_of]
+
+    def finish(begin: int, end: int) -> None:
+        features.fill_nodes(
+            out_offsets, in_offsets, in_edges, edge_sums, node_sums, services, own, tick_ms, begin, end, node_features
+        )
+
     if n >= _THREADED:
         with ThreadPoolExecutor(1) as other:
             waiting = other.submit(edges)
             nodes()
             waiting.result()
+            waiting = other.submit(finish, h // 2, h)
+            finish(0, h // 2)
+            waiting.result()
     else:
         edges()
         nodes()
-    totals = memory.zeros((h, 16), np.float64)
-    features.fill_nodes(src, dst, edge_sums, node_sums, services, own, tick_ms, totals, node_features)
+        finish(0, h)
     everyone = h == len(flows.hosts) and bool(np.all(host_of[1:] > host_of[:-1]))
     hosts = flows.hosts if everyone else HostTable(flows.hosts.names.take(pa.array(host_of)), flows.hosts.hash[host_of])
     return HostGraph(

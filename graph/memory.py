@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 _LINE = 64
 _SMALL = 1 << 16
-_LIMIT = 1 << 30
+_LIMIT = 3 << 29
 """Buffers of at most so many bytes in all are remembered."""
 
 _lock = threading.Lock()
@@ -58,7 +58,13 @@ def _take(size: int) -> npt.NDArray[np.uint8]:
         buffer = np.empty(-(-size // step) * step, np.uint8)
         _buffers.append(buffer)
         total = sum(len(b) for b in _buffers)
-        while total > _LIMIT:
-            # The list forgets the oldest; whoever holds it keeps it.
-            total -= len(_buffers.pop(0))
+        if total > _LIMIT:
+            # Those that nobody holds go first, the oldest before others; whoever holds one that is forgotten keeps it.
+            order = sorted(range(len(_buffers) - 1), key=lambda i: sys.getrefcount(_buffers[i]) > 2)
+            gone = set()
+            for i in order:
+                if total > _LIMIT:
+                    total -= len(_buffers[i])
+                    gone.add(i)
+            _buffers[:] = [b for i, b in enumerate(_buffers) if i not in gone]
         return buffer

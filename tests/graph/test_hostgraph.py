@@ -99,9 +99,9 @@ def test_every_node_feature_is_what_it_says() -> None:
         "bytes_sent": ln1(840), "bytes_received": ln1(6_560), "byte_asymmetry": (840 - 6_560) / 7_400,
         "flow_asymmetry": 3 / 5, "degree_out": ln1(2), "degree_in": ln1(1), "services_out": ln1(3),
         "services_in": ln1(1), "ports_out": ln1(3), "ports_in": ln1(1), "answered_out": 3 / 4,
-        "answered_in": 0, "failed_out": 1 / 4, "failed_in": 1, "half_open_out": 0, "half_open_in": 1, "gap_mean_out": ln1(4_000 / 3), "gap_mean_in": 0,
-        "gap_sd_out": ln1(gaps.std()), "gap_sd_in": 0, "span_out": ln1(4_000), "span_in": 0, "is_source": 1,
-        "is_sink": 1, "internal": 1,
+        "answered_in": 0, "failed_out": 1 / 4, "failed_in": 1, "half_open_out": 0, "half_open_in": 1,
+        "gap_mean_out": ln1(4_000 / 3), "gap_mean_in": 0, "gap_sd_out": ln1(gaps.std()), "gap_sd_in": 0,
+        "span_out": ln1(4_000), "span_in": 0, "is_source": 1, "is_sink": 1, "internal": 1,
     }  # fmt: skip
     for side, services in (("out", flows.service[[0, 1, 3]]), ("in", flows.service[[4]])):
         counted, present = np.zeros(PROFILE), np.zeros(PROFILE)
@@ -307,6 +307,19 @@ def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:
     again = memory.empty((90_000, 2), np.int64)
     assert again.ctypes.data == address
     assert np.all(memory.zeros((100_000, 2), np.int64) == 0)
+
+
+def test_memory_that_nobody_holds_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory._buffers.clear()
+    monkeypatch.setattr(memory, "_LIMIT", 3_000_000)
+    held = memory.empty(1_000_000, np.uint8)
+    where = memory.empty(1_000_000, np.uint8).ctypes.data
+    more = [memory.empty(1_100_000 + k, np.uint8) for k in range(2)]
+    assert sum(len(b) for b in memory._buffers) <= 3_600_000
+    del held
+    assert memory.empty(1_000_000, np.uint8).ctypes.data != where
+    assert len(more) == 2
+    memory._buffers.clear()
 
 
 def test_graphs_that_are_kept_are_not_overwritten_by_later_ones() -> None:
