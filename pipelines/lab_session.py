@@ -54,16 +54,19 @@ def lab_session(
         agent.start()
         agents.append(agent)
 
+    def leave(lab: Lab) -> None:
+        for agent in agents:
+            agent.stop()
+            click.echo(ledger_line(agent.join()), err=True)
+
     truths = run_lab(
         LabSettings(seed=settings.model.seed, truth_path=truth),
         schedule=",".join(attacks),
         duration_s=duration_s,
         record=record,
         on_started=watch,
+        on_ending=leave,
     )
-    for agent in agents:
-        agent.stop()
-        click.echo(ledger_line(agent.join()), err=True)
     if flows is not None:
         table = label_flows(kept.table(), truths)
         write_parquet(table, flows)

@@ -10,6 +10,7 @@ import random
 import re
 import socket
 import time
+import traceback
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -213,5 +214,8 @@ async def run_attack(node: Node, report: Report, name: str, parameters: Paramete
         raise
     except (*NETWORK_ERRORS, FlowsageError) as error:
         report.end("failed", str(error) or type(error).__name__)
+    except Exception as error:  # a bug of ours: the truth must end all the same
+        traceback.print_exc()
+        report.end("failed", repr(error))
     else:
         report.end("done")

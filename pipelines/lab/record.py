@@ -40,9 +40,11 @@ class Recording:
         self._result: Recorded | None = None
 
     def stop(self) -> Recorded:
-        """End the capture; the file is whole afterwards."""
+        """End the capture; the file is whole afterwards. Raises FlowsageError where it broke off (a full disk)."""
         if self._result is None:
             out, _ = self._process.communicate(timeout=30)  # closes its stdin, which is the order to stop
+            if self._process.returncode:
+                raise FlowsageError(f"the recording to {self.path} broke off: {out.strip() or 'it was killed'}")
             self._result = Recorded(**json.loads(out))
         return self._result
 

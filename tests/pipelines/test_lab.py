@@ -113,6 +113,8 @@ def test_what_a_killed_lab_left_is_removed_at_the_next_start(tmp_path: Path) -> 
         assert until(lambda: second.counters()["gw"].get("datagrams_received", 0) > 0, 10)
         with pytest.raises(FlowsageError, match="already runs"):
             Lab(settings).start()
+        with pytest.raises(FlowsageError, match=r"cannot be recorded to .*No such file"):
+            second.record(tmp_path / "absent" / "lab.pcap")
         with pytest.raises(UsageError, match="no misbehaviour is called 'flood'"):
             second.start_attack("flood")
         with pytest.raises(UsageError, match="no parameter beets"):
