@@ -1,7 +1,8 @@
 """Kernels between contacts and features: order, group, and sum along edges and hosts.
 
-Sorting is by counting, since keys are dense: twice as fast as a comparison sort of packed keys at 250 k contacts, four
-times at 2.4 M (see tests/graph/benchmark.py). Rows that are touched at random are asked for ahead (`prefetch`).
+Sorting is by counting, since keys are dense: 1 ms of one core at 250 k contacts where np.argsort takes 21, and 0.1 s at
+2.4 M where np.argsort and torch.argsort take 0.4 and 0.5 (tests/graph/benchmark.py). Rows touched at random are asked
+for ahead (`prefetch`).
 """
 
 from __future__ import annotations

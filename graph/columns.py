@@ -48,7 +48,7 @@ def numbers(table: pa.Table, column: str, *, low: int | None = 0, high: int | No
     elif not pa.types.is_integer(values.type):
         raise SchemaError(f"column {column!r} is {values.type}, expected integers")
     if values.null_count:
-        values = pc.fill_null(values, UNKNOWN)
+        values = pc.fill_null(values.cast(pa.int64()), UNKNOWN)
     numbers: Int64 = np.require(values.to_numpy().astype(np.int64, copy=False), requirements=("C", "W"))
     if len(numbers) and low is not None and numbers.min() < low:
         numbers[numbers < low] = UNKNOWN
