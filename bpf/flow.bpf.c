@@ -29,6 +29,8 @@
 #define TABLE_ENTRIES 262144
 #define RING_BYTES (16 << 20)
 
+#define EEXIST 17
+
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
@@ -107,6 +109,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct flow_counters);
 } counters SEC(".maps");
+
+/* Where a new entry is put together: the stack of the packet path has no room for it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct entry);
+} drafts SEC(".maps");
 
 const volatile struct flow_settings settings SEC(".rodata.settings") = {};
 volatile struct flow_input input SEC(".data.input") = {};
@@ -320,6 +330,15 @@ static __always_inline __u64 take(__u64 *word)
 	return 0; /* stays, and goes with the next record */
 }
 
+/* Undoes take(). Returns what could not be undone: the word was closed meanwhile, and these packets are in no other record. */
+static __always_inline __u64 give_back(__u64 *word, __u64 taken)
+{
+	if (!taken || !(__sync_fetch_and_add(word, taken) & CLOSED))
+		return 0;
+	count(FLOW_MISATTRIBUTED, taken >> PACKET_SHIFT & PACKETS_MASK);
+	return taken;
+}
+
 /* Emits what there is and lets the entry go on. The claim is the change of start_ns: one CPU emits. */
 static __always_inline enum outcome continue_entry(struct entry *e, const struct flow_key *key, __u64 start_ns,
 						   __u64 now, __u32 set_state)
@@ -335,6 +354,10 @@ static __always_inline enum outcome continue_entry(struct entry *e, const struct
 	}
 	word0 = take(&e->side[0].word);
 	word1 = take(&e->side[1].word);
+	if (unlikely(e->print != print_of(key))) { /* another flow's entry since the claim: back with it */
+		word0 = give_back(&e->side[0].word, word0);
+		word1 = give_back(&e->side[1].word, word1);
+	}
 	if (!(word0 | word1)) {
 		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
 		return AGAIN;
@@ -346,7 +369,40 @@ static __always_inline enum outcome continue_entry(struct entry *e, const struct
 	return DONE;
 }
 
+/* Why the entry should be emitted at `now`, 0: it should not. */
+static __always_inline __u8 due(const struct entry *e, __u64 now, __u64 word0, __u64 word1)
+{
+	__u64 last = last_of(e, word0, word1);
+	__u32 state = e->state;
+
+	if (state & ENDED && (__s64)(now - last) >= (__s64)settings.linger_ns)
+		return FLOW_END_DETECTED;
+	if (passed(now, last, settings.idle_ns))
+		return FLOW_END_IDLE_TIMEOUT;
+	if ((state & (SYN_SEEN | OPENED)) == SYN_SEEN && passed(now, last, settings.half_open_ns))
+		return FLOW_END_IDLE_TIMEOUT;
+	if (!(state & RESTART) && passed(now, e->start_ns, settings.active_ns))
+		return FLOW_END_ACTIVE_TIMEOUT;
+	return 0;
+}
+
 /* ---- the packet path ---- */
+
+/* What is rare is in global functions: the verifier checks each once, for all callers and all that may be in a packet. */
+
+__noinline int end_flow(struct entry *e, const struct packet *p, __u8 reason)
+{
+	if (!e || !p)
+		return AGAIN;
+	return end_entry(e, &p->key, NULL, p->print, reason);
+}
+
+__noinline int continue_flow(struct entry *e, const struct packet *p, __u64 start_ns, __u64 now)
+{
+	if (!e || !p)
+		return AGAIN;
+	return continue_entry(e, &p->key, start_ns, now, 0);
+}
 
 /* floor(ns / 1000) for less than 2^32 by multiplication: a 64-bit division costs more than the rest of the statistics. */
 static __always_inline __u64 microseconds(__u64 ns)
@@ -432,10 +488,14 @@ static __always_inline int tcp_follow(struct entry *e, const struct packet *p, _
 	       (p->tcp_flags & (TCP_ACK | TCP_FIN | TCP_SYN | TCP_RST)) == TCP_ACK;
 }
 
-static __always_inline void new_entry(struct entry *e, const struct packet *p, __u32 ifindex, __u64 now)
+static __always_inline struct entry *new_entry(const struct packet *p, __u32 ifindex, __u64 now)
 {
-	struct side *s = &e->side[0];
+	__u32 zero = 0;
+	struct entry *e = bpf_map_lookup_elem(&drafts, &zero);
+	struct side *s;
 
+	if (!e)
+		return NULL;
 	__builtin_memset(e, 0, sizeof(*e));
 	e->start_ns = now;
 	e->last_ns = now;
@@ -452,32 +512,16 @@ static __always_inline void new_entry(struct entry *e, const struct packet *p, _
 	e->vlan = p->vlan;
 	e->icmp_type = p->icmp_type;
 	e->icmp_code = p->icmp_code;
-	if (p->side) /* two constant places, which the verifier prefers to one that varies */
-		s = &e->side[1];
+	s = &e->side[p->side & 1];
 	first_of_side(s, p, now);
 	s->word = ONE_PACKET | p->length;
+	return e;
 }
 
 static __always_inline void accounted(struct flow_counters *c, const struct packet *p)
 {
 	c->value[FLOW_ACCOUNTED_PACKETS]++;
 	c->value[FLOW_ACCOUNTED_BYTES] += p->length;
-}
-
-/* A record of one packet. */
-static __always_inline void emit_single(struct flow_counters *c, const struct packet *p, const struct entry *e,
-					enum flow_counter lost)
-{
-	struct flow_record *r = reserve();
-
-	if (!r) {
-		c->value[lost]++;
-		c->value[lost + 1] += p->length;
-		return;
-	}
-	accounted(c, p);
-	fill(r, &p->key, e, e->start_ns, e->side[0].word, e->side[1].word, FLOW_END_LACK_OF_RESOURCES);
-	submit(r);
 }
 
 /* Counts the packet in the entry. AGAIN: it has not been, the entry is gone. */
@@ -491,19 +535,18 @@ static __always_inline enum outcome count_packet(struct flow_counters *c, struct
 
 	if (settings.tcp_ends &&
 	    unlikely(tcp && state & ENDED && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)) {
-		if (end_entry(e, &p->key, NULL, p->print, FLOW_END_DETECTED) != NO_ROOM)
+		if (end_flow(e, p, FLOW_END_DETECTED) != NO_ROOM)
 			return AGAIN;
 	}
 	word = *(volatile __u64 *)&s->word;
 	last = s->last_ns;
 	if (unlikely(word & CLOSED))
 		return AGAIN;
-	if (settings.idle_ns && unlikely(!word || passed(now, last, settings.idle_ns))) {
-		/* This side has been silent; has the other? The walk may not have come by yet. */
-		__u64 both = last_of(e, e->side[0].word, e->side[1].word);
+	if (settings.soonest_ns && unlikely(!word || passed(now, last, settings.soonest_ns))) {
+		/* This side has been silent; has the other? Records do not depend on when the walk comes by. */
+		__u8 reason = due(e, now, e->side[0].word, e->side[1].word);
 
-		if (passed(now, both, settings.idle_ns) &&
-		    end_entry(e, &p->key, NULL, p->print, FLOW_END_IDLE_TIMEOUT) != NO_ROOM)
+		if (reason && reason != FLOW_END_ACTIVE_TIMEOUT && end_flow(e, p, reason) != NO_ROOM)
 			return AGAIN;
 	}
 	if (unlikely(state & RESTART)) {
@@ -511,7 +554,7 @@ static __always_inline enum outcome count_packet(struct flow_counters *c, struct
 			e->start_ns = now;
 	} else if (unlikely(passed(now, start, settings.active_ns) ||
 			    (word >> PACKET_SHIFT & PACKETS_MASK) >= PACKETS_EMIT)) {
-		if (continue_entry(e, &p->key, start, now, 0) == NO_ROOM &&
+		if (continue_flow(e, p, start, now) == NO_ROOM &&
 		    (word >> PACKET_SHIFT & PACKETS_MASK) >= PACKETS_FULL)
 			return NO_ROOM;
 	}
@@ -537,50 +580,66 @@ static __always_inline enum outcome count_packet(struct flow_counters *c, struct
 		__sync_fetch_and_or(&e->state, VLAN_CHANGED);
 	/* Should the ring be full here, the walk ends it after its linger. */
 	if (tcp && unlikely(tcp_follow(e, p, state, now)))
-		end_entry(e, &p->key, NULL, p->print, FLOW_END_DETECTED);
+		end_flow(e, p, FLOW_END_DETECTED);
+	return DONE;
+}
+
+/* No entry yet: makes one with this packet in it. AGAIN: another CPU was first. NO_ROOM: the table is full. */
+__noinline int create_flow(const struct packet *p, __u32 ifindex, __u64 now)
+{
+	struct flow_counters *c = cpu_counters();
+	struct entry *fresh;
+	long error;
+
+	if (!c || !p || !(fresh = new_entry(p, ifindex, now)))
+		return NO_ROOM;
+	error = bpf_map_update_elem(&flows, &p->key, fresh, BPF_NOEXIST);
+	if (error)
+		return error == -EEXIST ? AGAIN : NO_ROOM;
+	c->value[FLOW_CREATED]++;
+	accounted(c, p);
+	return DONE;
+}
+
+/* The packet becomes a record of its own; where the ring is full too, it is lost. */
+__noinline int emit_packet(const struct packet *p, __u32 ifindex, __u64 now, int table_full)
+{
+	enum flow_counter lost = table_full ? FLOW_LOST_TABLE_PACKETS : FLOW_LOST_CLOSED_PACKETS;
+	struct flow_counters *c = cpu_counters();
+	struct flow_record *r;
+	struct entry *fresh;
+
+	if (!c || !p || !(fresh = new_entry(p, ifindex, now)))
+		return NO_ROOM;
+	c->value[table_full ? FLOW_TABLE_FULL : FLOW_CLOSED_RACE]++;
+	r = reserve();
+	if (!r) {
+		c->value[lost]++;
+		c->value[lost + 1] += p->length;
+		return NO_ROOM;
+	}
+	accounted(c, p);
+	fill(r, &p->key, fresh, now, fresh->side[0].word, fresh->side[1].word, FLOW_END_LACK_OF_RESOURCES);
+	submit(r);
 	return DONE;
 }
 
 static __always_inline void account(struct xdp_md *ctx, struct flow_counters *c, const struct packet *p)
 {
-	enum flow_counter lost = FLOW_LOST_CLOSED_PACKETS;
 	__u64 now = read_clock();
-	struct entry fresh;
-	int made = 0;
+	int outcome = AGAIN;
+	struct entry *e = NULL;
 
 	for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
-		struct entry *e = bpf_map_lookup_elem(&flows, &p->key);
-		long error;
-
-		if (likely(e)) {
-			enum outcome outcome = count_packet(c, e, p, now);
-
-			if (likely(outcome == DONE))
-				return;
-			if (outcome == NO_ROOM)
-				break;
-			c->value[FLOW_RETRIES]++;
-			continue;
-		}
-		if (!made) {
-			new_entry(&fresh, p, ctx->ingress_ifindex, now);
-			made = 1;
-		}
-		error = bpf_map_update_elem(&flows, &p->key, &fresh, BPF_NOEXIST);
-		if (!error) {
-			c->value[FLOW_CREATED]++;
-			accounted(c, p);
+		e = bpf_map_lookup_elem(&flows, &p->key);
+		outcome = likely(e) ? count_packet(c, e, p, now) : create_flow(p, ctx->ingress_ifindex, now);
+		if (likely(outcome == DONE))
 			return;
-		}
-		if (error != -17 /* EEXIST: another CPU was first */) {
-			lost = FLOW_LOST_TABLE_PACKETS;
+		if (outcome == NO_ROOM)
 			break;
-		}
+		c->value[FLOW_RETRIES]++;
 	}
-	c->value[lost == FLOW_LOST_TABLE_PACKETS ? FLOW_TABLE_FULL : FLOW_CLOSED_RACE]++;
-	if (!made)
-		new_entry(&fresh, p, ctx->ingress_ifindex, now);
-	emit_single(c, p, &fresh, lost);
+	emit_packet(p, ctx->ingress_ifindex, now, outcome == NO_ROOM && !e);
 }
 
 SEC("xdp.frags")
@@ -626,25 +685,6 @@ int pass_xdp(struct xdp_md *ctx)
 
 /* ---- the walk ---- */
 
-/* Why the entry should be emitted now, 0: it should not. */
-static __always_inline __u8 due(const struct entry *e, const struct flow_walk *w, __u64 word0, __u64 word1)
-{
-	__u64 last = last_of(e, word0, word1);
-	__u32 state = e->state;
-
-	if (w->mode == FLOW_WALK_FLUSH)
-		return FLOW_END_FORCED;
-	if (state & ENDED && (__s64)(w->now_ns - last) >= (__s64)settings.linger_ns)
-		return FLOW_END_DETECTED;
-	if (passed(w->now_ns, last, settings.idle_ns))
-		return FLOW_END_IDLE_TIMEOUT;
-	if ((state & (SYN_SEEN | OPENED)) == SYN_SEEN && passed(w->now_ns, last, settings.half_open_ns))
-		return FLOW_END_IDLE_TIMEOUT;
-	if (!(state & RESTART) && passed(w->now_ns, e->start_ns, settings.active_ns))
-		return FLOW_END_ACTIVE_TIMEOUT;
-	return 0;
-}
-
 static long visit(void *map, struct flow_key *key, struct entry *e, struct flow_walk *w)
 {
 	__u64 word0 = *(volatile __u64 *)&e->side[0].word, word1 = *(volatile __u64 *)&e->side[1].word;
@@ -668,7 +708,7 @@ static long visit(void *map, struct flow_key *key, struct entry *e, struct flow_
 		w->bytes += (word0 & BYTES_MASK) + (word1 & BYTES_MASK);
 		return 0;
 	}
-	reason = due(e, w, word0, word1);
+	reason = w->mode == FLOW_WALK_FLUSH ? FLOW_END_FORCED : due(e, w->now_ns, word0, word1);
 	if (!reason) {
 		w->flows++;
 		return 0;

@@ -118,6 +118,7 @@ struct flow_settings {
 	__u64 active_ns;
 	__u64 half_open_ns; /* idle timeout of a TCP flow that has shown nothing but SYN */
 	__u64 linger_ns; /* how long an ended flow waits for stragglers */
+	__u64 soonest_ns; /* the least of these timeouts that is not 0: a shorter silence ends nothing */
 	__u32 wake_bytes; /* wake the reader when this much waits in the ring */
 	__u8 mirror; /* drop after accounting: the interface carries copies */
 	__u8 external_clock; /* time, and where it says so length, are those in struct flow_input */
@@ -155,7 +156,7 @@ struct flow_walk {
 };
 
 _Static_assert(sizeof(struct flow_key) == 40, "flow_key");
-_Static_assert(sizeof(struct flow_settings) == 40, "flow_settings");
+_Static_assert(sizeof(struct flow_settings) == 48, "flow_settings");
 _Static_assert(sizeof(struct flow_walk) == 64, "flow_walk");
 _Static_assert(sizeof(struct flow_direction) == 64, "flow_direction");
 _Static_assert(sizeof(struct flow_record) == 248, "flow_record");

@@ -271,6 +271,14 @@ static __always_inline enum parse_verdict parse_ipv6(struct cursor *c, struct pa
 	return parse_l4(c, p);
 }
 
+static __always_inline __u32 print_of(const struct flow_key *key)
+{
+	const __u64 *a = (const __u64 *)key->addr[0], *b = (const __u64 *)key->addr[1];
+
+	return ((a[0] ^ a[1] ^ (b[0] ^ b[1]) * 3) >> 32) ^
+	       (((__u32)key->port[1] << 16 | key->port[0]) * 0x9e3779b1u + key->proto);
+}
+
 /* Orders the two ends, so that both directions have one key. */
 static __always_inline void order_ends(struct packet *p)
 {
@@ -286,8 +294,7 @@ static __always_inline void order_ends(struct packet *p)
 		a[0] = p->source[0], a[1] = p->source[1], p->key.port[0] = p->source_port;
 		b[0] = p->destination[0], b[1] = p->destination[1], p->key.port[1] = p->destination_port;
 	}
-	p->print = ((a[0] ^ a[1] ^ (b[0] ^ b[1]) * 3) >> 32) ^
-		   (((__u32)p->key.port[1] << 16 | p->key.port[0]) * 0x9e3779b1u + p->key.proto);
+	p->print = print_of(&p->key);
 }
 
 /* The whole frame. `p` is zero but for its length. */

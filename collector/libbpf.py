@@ -22,7 +22,8 @@ BTF = Path("/sys/kernel/btf/vmlinux")
 """Where a kernel built with CONFIG_DEBUG_INFO_BTF describes itself."""
 
 _BPF_XDP = 37  # enum bpf_attach_type
-_LAST_WORDS = 6
+_LAST_WORDS = 5
+_NOT_TOLD = ("processed ", "verification time", "stack depth")
 _said = threading.local()
 
 
@@ -144,7 +145,7 @@ def failure(code: int, what: str) -> ProgramError | PrivilegeError:
     if code in {errno.EPERM, errno.EACCES} and not _may_load():
         return PrivilegeError(f"{what}: not permitted; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")
     # The verifier ends with its statistics: what it objects to comes just before.
-    told = [line for line in words if not line.startswith(("processed ", "verification time", "stack depth"))]
+    told = [line for line in words if not line.startswith(_NOT_TOLD) and "failed to load" not in line]
     reason = os.strerror(code) + ("" if not told else ": " + "; ".join(told[-_LAST_WORDS:]))
     if not BTF.exists():
         return KernelSupportError(

@@ -102,6 +102,7 @@ class _Settings(ct.Structure):
         ("active_ns", ct.c_uint64),
         ("half_open_ns", ct.c_uint64),
         ("linger_ns", ct.c_uint64),
+        ("soonest_ns", ct.c_uint64),
         ("wake_bytes", ct.c_uint32),
         ("mirror", ct.c_uint8),
         ("external_clock", ct.c_uint8),
@@ -175,13 +176,13 @@ class FlowProgram:
             constants: _Settings = loaded.data(".rodata.settings", _Settings)
             constants.idle_ns, constants.active_ns = s.idle_ns, s.active_ns
             constants.half_open_ns, constants.linger_ns = s.half_open_ns, s.linger_ns
+            # Ended flows exist only where TCP ends them.
+            timeouts = (s.idle_ns, s.half_open_ns, s.linger_ns if s.tcp_ends else 0)
+            constants.soonest_ns = min(filter(None, timeouts), default=0)
             constants.wake_bytes = s.ring_bytes // 8 if s.wake_bytes is None else s.wake_bytes
             constants.mirror, constants.external_clock, constants.tcp_ends = s.mirror, s.external_clock, s.tcp_ends
             loaded.load()
             self.xdp_fd = loaded.program_fd("flow_xdp")
-            self._expire_fd = loaded.program_fd("flow_expire")
-            self._pass_fd = loaded.program_fd("pass_xdp")
-            self._counters_fd = loaded.map_fd("counters")
             self.ring_fd = loaded.map_fd("records")
             self.program_id = int(libbpf.program_info(self.xdp_fd).id)
             self._input = MappedMap(loaded.map_fd(".data.input"), 16)
@@ -243,10 +244,11 @@ class FlowProgram:
 
     def counters(self) -> dict[str, int]:
         """Every counter of COUNTERS, summed over CPUs. seen = accounted + non_ip + malformed + truncated + lost."""
+        fd = self._loaded().map_fd("counters")
         values = np.zeros((self._cpus, len(COUNTERS)), np.uint64)
         key = ct.c_uint32(0)
         libbpf.check(
-            libbpf.library().bpf_map_lookup_elem(self._fd(self._counters_fd), ct.byref(key), values.ctypes.data),
+            libbpf.library().bpf_map_lookup_elem(fd, ct.byref(key), values.ctypes.data),
             "reading the program's counters",
         )
         return dict(zip(COUNTERS, values.sum(axis=0, dtype=np.uint64).tolist(), strict=True))
@@ -291,16 +293,19 @@ class FlowProgram:
 
     def measure(self, frame: bytes, repeat: int = 1_000_000) -> tuple[int, int]:
         """ns a packet for `frame`: of this program, and of a bare XDP_PASS."""
-        return measure(self._fd(self.xdp_fd), frame, repeat), measure(self._pass_fd, frame, repeat)
+        loaded = self._loaded()
+        return measure(loaded.program_fd("flow_xdp"), frame, repeat), measure(
+            loaded.program_fd("pass_xdp"), frame, repeat
+        )
 
-    def _fd(self, fd: int) -> int:
+    def _loaded(self) -> libbpf.Object:
         if self._object is None:
             raise ProgramError("the flow program is not loaded; call load() first")
-        return fd
+        return self._object
 
     def _walk(self, mode: int, now_ns: int) -> _Walk:
         walk = _Walk(mode=mode, now_ns=now_ns)
-        call_program(self._fd(getattr(self, "_expire_fd", -1)), walk)
+        call_program(self._loaded().program_fd("flow_expire"), walk)
         return walk
 
 

@@ -26,6 +26,9 @@ RUNT_BYTES = 14
 OVERSIZE_BYTES = 69_632
 """17 fragments of a page (MAX_SKB_FRAGS); the linear part, some 3.5 KB, comes on top and is left as a margin."""
 
+VERDICTS = ("XDP_ABORTED", "XDP_DROP", "XDP_PASS", "XDP_TX", "XDP_REDIRECT")
+"""enum xdp_action."""
+
 _OWN_LENGTH = 1 << 63  # FLOW_INPUT_LENGTH of bpf/flow.h
 _BPF, _TEST_RUN = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321), 10
 ATTRIBUTES = np.dtype(
@@ -155,15 +158,24 @@ class TestRunner:
                 raise libbpf.failure(code, "running a packet through the program")
 
 
-def measure(program_fd: int, frame: bytes, repeat: int = 1_000_000) -> int:
-    """Mean ns that the program takes for `frame`, over `repeat` runs inside the kernel."""
+def _run_once(program_fd: int, frame: bytes, repeat: int) -> npt.NDArray[np.void]:
     data = ct.create_string_buffer(frame, len(frame))
     attributes = np.zeros(1, ATTRIBUTES)
     attributes["program"], attributes["repeat"] = program_fd, repeat
     attributes["data_in"], attributes["data_size_in"] = ct.addressof(data), len(frame)
     if _syscall_errno(_BPF, _TEST_RUN, attributes.ctypes.data, ATTRIBUTES.itemsize):
-        raise libbpf.failure(ct.get_errno(), "measuring the program")
-    return int(attributes["duration"][0])
+        raise libbpf.failure(ct.get_errno(), "running a packet through the program")
+    return attributes
+
+
+def measure(program_fd: int, frame: bytes, repeat: int = 1_000_000) -> int:
+    """Mean ns that the program takes for `frame`, over `repeat` runs inside the kernel."""
+    return int(_run_once(program_fd, frame, repeat)["duration"][0])
+
+
+def verdict(program_fd: int, frame: bytes) -> str:
+    """What an XDP program says of `frame`: the name of its verdict."""
+    return VERDICTS[int(_run_once(program_fd, frame, 1)["retval"][0])]
 
 
 def call_program(program_fd: int, context: ct.Structure) -> None:
