@@ -323,15 +323,20 @@ class Agent:
             for watched in self._watched:
                 index = index_of(watched.name)
                 if watched.index is not None and index != watched.index:
-                    self.interfaces_lost += 1
-                    logger.warning("interface %s is gone; it is watched again when it returns", watched.name)
-                    self._detach(watched)
+                    self._lost(watched, "is gone; it is watched again when it returns")
+                elif watched.index is not None and not self.program.attachments[watched.name].present():
+                    self._lost(watched, "lost our program to somebody else; attaching it again")
                 if watched.index is None and index is not None:
                     self._attach_again(watched)
                 running = index is not None and is_running(watched.name)
                 if watched.index is not None and running != watched.running:
                     logger.warning("interface %s is %s", watched.name, "up" if running else "down")
                     watched.running = running
+
+    def _lost(self, watched: _Watched, how: str) -> None:
+        self.interfaces_lost += 1
+        logger.warning("interface %s %s", watched.name, how)
+        self._detach(watched)
 
     def _attach_again(self, watched: _Watched) -> None:
         try:

@@ -63,6 +63,7 @@ class Snapshot:
     flows_in_table: int | None
     quiet: bool
     balance: int
+    bytes_balance: int
     records_emitted: int
     records_drained: int
     records_resumed: int
@@ -75,7 +76,7 @@ class Snapshot:
     @property
     def closes(self) -> bool:
         """Whether every packet and every record is accounted for."""
-        return self.balance == 0 and self.records_balance == 0
+        return self.balance == 0 and self.bytes_balance == 0 and self.records_balance == 0
 
     @property
     def lost(self) -> dict[str, Count]:
@@ -110,6 +111,7 @@ class Snapshot:
             },
             "events": self.events,
             "balance": self.balance,
+            "bytes_balance": self.bytes_balance,
             "records_balance": self.records_balance,
         }
         return json.dumps(out, indent=1)
@@ -194,12 +196,19 @@ class Ledger:
             )
         reasons = {r: Count(packets=after[f"{r}_packets"], bytes=after[f"{r}_bytes"]) for r in _reasons(after)}
         if quiet:
-            rest = sum(c.packets for c in reasons.values())
-            balance = after["seen_packets"] - rest - self.drained.packets - in_ring.packets - in_table.packets
+            drained = self.drained
+            balance = after["seen_packets"] - sum(c.packets for c in (*reasons.values(), drained, in_ring, in_table))
+            bytes_balance = after["seen_bytes"] - sum(c.bytes for c in (*reasons.values(), drained, in_ring, in_table))
         else:
             again = program.counters()
-            low, high = (c["accounted_packets"] + sum(c[f"{r}_packets"] for r in reasons) for c in (after, again))
-            balance = _apart(after["seen_packets"], again["seen_packets"], low, high)
+            balance, bytes_balance = (
+                _apart(
+                    after[f"seen_{unit}"],
+                    again[f"seen_{unit}"],
+                    *(sum(c[f"{r}_{unit}"] for r in ("accounted", *reasons)) for c in (after, again)),
+                )
+                for unit in ("packets", "bytes")
+            )
         acknowledged, pending, resumed, lost = self.acknowledged, 0, 0, dict(self.lost)
         if published is not None:
             acknowledged += published.acknowledged - published.handed
@@ -218,6 +227,7 @@ class Ledger:
             flows_in_table=table.flows if table else None,
             quiet=quiet,
             balance=balance,
+            bytes_balance=bytes_balance,
             records_emitted=after["emitted_records"],
             records_drained=self.drained_records,
             records_resumed=resumed,

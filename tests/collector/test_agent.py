@@ -1,6 +1,8 @@
 """A sensor on real interfaces: every packet is accounted for, whatever goes away, and nothing stays behind."""
 
+import json
 import socket
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -200,6 +202,23 @@ def test_an_interface_that_vanishes_is_watched_again_when_it_returns(cable, capl
     assert final.seen.packets == 2
     assert agent.interfaces_lost == 1
     assert f"interface {cable.port} is gone" in caplog.text
+    assert not attached(cable)
+
+
+def test_a_program_that_somebody_takes_off_is_put_back(cable, caplog):
+    sink = Keep()
+    agent = Agent(settings(cable), sink)
+    agent.start()
+    shown = subprocess.run(["bpftool", "--json", "link"], check=True, capture_output=True)
+    ours = [link["id"] for link in json.loads(shown.stdout) if link.get("prog_id") == agent.program.program_id]
+    assert len(ours) == 1
+    subprocess.run(["bpftool", "link", "detach", "id", str(ours[0])], check=True)
+    eventually(lambda: agent.interfaces_lost == 1 and attached(cable))
+    eventually(lambda: agent.interfaces() == {cable.port: "watched"})
+    cable.send(udp("10.0.0.1", "10.0.0.2"))
+    agent.stop()
+    assert agent.join().seen.packets == 1
+    assert "lost our program" in caplog.text
     assert not attached(cable)
 
 
