@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from flowsage.collector.errors import ConfigurationError
+from flowsage.graph import columns
 from flowsage.graph.flows import Bool, HostTable, Int64
 
 PRIVATE = (
@@ -58,17 +58,14 @@ class Internal:
         """Whether each host is internal [h]."""
         if self._latest is not None and self._latest[0] is hosts:
             return self._latest[1]
-        names = hosts.names.cast(pa.large_string())
-        _, offsets, data = names.buffers()
-        value = np.empty(len(names), np.int64)
-        if len(names):
-            start = np.frombuffer(offsets, np.int64, len(names) + 1, names.offset * 8)
-            _read_ipv4(np.frombuffer(data or b"", np.uint8), start, value)
+        value = np.empty(len(hosts), np.int64)
+        data, offsets = columns.text(hosts.names)
+        _read_ipv4(data, offsets, value)
         result: Bool = value == _NO_ADDRESS
         for network, mask in self._ranges[4]:
             result |= (value >= 0) & (value & mask == network)
         for i in np.flatnonzero(value == _ASK).tolist():
-            name = names[i].as_py()
+            name = hosts.names[i].as_py()
             if name not in self._known:
                 if len(self._known) >= _CACHE_LIMIT:
                     self._known.clear()

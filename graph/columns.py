@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -60,3 +62,18 @@ def numbers(table: pa.Table, column: str, *, low: int | None = 0, high: int | No
 def bools(values: pa.ChunkedArray) -> Bool:
     """Truth values of an Arrow array without nulls, writable and contiguous."""
     return np.require(values.to_numpy().astype(np.bool_), requirements=("C", "W"))
+
+
+def text(values: pa.Array) -> tuple[npt.NDArray[np.uint8], Int64]:
+    """Bytes and offsets [n + 1] of an array of strings, read-only wherever they come from: one type for kernels."""
+    if not len(values):
+        return _read_only(np.empty(0, np.uint8)), _read_only(np.zeros(1, np.int64))
+    values = values.cast(pa.large_string())
+    _, offsets, data = values.buffers()
+    start = np.frombuffer(offsets, np.int64, len(values) + 1, values.offset * 8)
+    return _read_only(np.frombuffer(data or b"", np.uint8)), _read_only(start)
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array.flags.writeable = False
+    return array

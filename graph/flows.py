@@ -176,12 +176,9 @@ def _hash_strings(data: npt.NDArray[np.uint8], offsets: Int64, out: UInt64) -> N
 
 def hash_names(names: pa.Array) -> UInt64:
     """Stable 64-bit hashes [n] of an array of strings."""
-    names = names.cast(pa.large_string())
-    _, offsets, data = names.buffers()
     out = np.empty(len(names), np.uint64)
-    if len(names):
-        start = np.frombuffer(offsets, np.int64, len(names) + 1, names.offset * 8)
-        _hash_strings(np.frombuffer(data or b"", np.uint8), start, out)
+    data, offsets = columns.text(names)
+    _hash_strings(data, offsets, out)
     return out
 
 
