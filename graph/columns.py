@@ -41,7 +41,10 @@ def numbers(table: pa.Table, column: str, *, low: int | None = 0, high: int | No
         return np.full(len(table), UNKNOWN, np.int64)
     values = table.column(column)
     if pa.types.is_timestamp(values.type):
-        values = values.cast(pa.timestamp("ns")).cast(pa.int64())
+        try:
+            values = values.cast(pa.timestamp("ns")).cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise SchemaError(f"column {column!r} has times beyond what nanoseconds since 1970 can tell") from error
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_finite(values), values, None).cast(pa.float64())
         values = pc.if_else(pc.less(pc.abs(values), 2.0**63), values, None).cast(pa.int64(), safe=False)

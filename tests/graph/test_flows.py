@@ -78,10 +78,11 @@ def test_columns_are_writable_and_contiguous_so_that_kernels_are_compiled_once()
         ({"src_ip": ["a"], "dst_ip": ["b"], "start_ns": [None]}, "empty values; every flow needs its start"),
         ({"src_ip": ["a"], "dst_ip": ["b"], "start_ns": ["now"]}, "'start_ns' is string, expected integers"),
         ({**MINIMAL, "bytes_fwd": ["1", "2"]}, "'bytes_fwd' is string, expected integers"),
+        ({**MINIMAL, "start_ns": pa.array([0, 1 << 62], pa.timestamp("us"))}, "beyond what nanoseconds"),
         ({**MINIMAL, "start_ns": [0, (1 << 63) - 1]}, "nanoseconds since 1970"),
     ],
 )
-def test_a_table_that_cannot_be_used_says_why(columns: dict[str, list[Any]], message: str) -> None:
+def test_a_table_that_cannot_be_used_says_why(columns: dict[str, Any], message: str) -> None:
     with pytest.raises(SchemaError, match=message):
         from_table(pa.table(columns))
 
