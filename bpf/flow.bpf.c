@@ -249,7 +249,8 @@ static __always_inline void fill(struct flow_record *r, const struct flow_key *k
 	__builtin_memset(r->reserved, 0, sizeof(r->reserved));
 }
 
-static __always_inline void submit(struct flow_record *r)
+/* `wake`: not in a walk, after which its caller drains. */
+static __always_inline void submit(struct flow_record *r, int wake)
 {
 	struct flow_counters *c = cpu_counters();
 	__u64 flags = BPF_RB_NO_WAKEUP, waiting;
@@ -262,9 +263,11 @@ static __always_inline void submit(struct flow_record *r)
 				     r->direction[0].packets + r->direction[1].packets);
 		__sync_fetch_and_add(&c->value[FLOW_EMITTED_BYTES], r->direction[0].bytes + r->direction[1].bytes);
 	}
-	waiting = bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA);
-	if (waiting >= settings.wake_bytes && (waiting - settings.wake_bytes) % WAKE_EVERY < SLOT_BYTES)
-		flags = BPF_RB_FORCE_WAKEUP;
+	if (wake) {
+		waiting = bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA);
+		if (waiting >= settings.wake_bytes && (waiting - settings.wake_bytes) % WAKE_EVERY < SLOT_BYTES)
+			flags = BPF_RB_FORCE_WAKEUP;
+	}
 	bpf_ringbuf_submit(r, flags);
 }
 
@@ -307,7 +310,7 @@ static __always_inline enum outcome end_entry(struct entry *e, const struct flow
 	word1 = __sync_lock_test_and_set(&e->side[1].word, CLOSED);
 	if (word0 | word1) {
 		fill(r, &own, e, e->start_ns, word0, word1, reason);
-		submit(r);
+		submit(r, key != NULL);
 	} else { /* went on after an active timeout, and nothing followed */
 		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
 	}
@@ -365,7 +368,7 @@ static __always_inline enum outcome continue_entry(struct entry *e, const struct
 	fill(r, key, e, start_ns, word0, word1, FLOW_END_ACTIVE_TIMEOUT);
 	__sync_fetch_and_and(&e->state, ~HANDSHAKE);
 	__sync_fetch_and_or(&e->state, CONTINUED | set_state);
-	submit(r);
+	submit(r, !(set_state & RESTART));
 	return DONE;
 }
 
@@ -620,7 +623,7 @@ __noinline int emit_packet(const struct packet *p, __u32 ifindex, __u64 now, int
 	}
 	accounted(c, p);
 	fill(r, &p->key, fresh, now, fresh->side[0].word, fresh->side[1].word, FLOW_END_LACK_OF_RESOURCES);
-	submit(r);
+	submit(r, 1);
 	return DONE;
 }
 

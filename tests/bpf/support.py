@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scapy.compat import raw
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
-from scapy.packet import Packet, raw
+from scapy.packet import Packet
 
 from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.ring import Records
@@ -72,7 +73,7 @@ def address(octets: Any, version: int) -> str:
 def flow(record: Any) -> dict[str, Any]:
     """A record as a dictionary, `_fwd` and `_rev` for its directions."""
     version = int(record["ip_version"])
-    result = {
+    result: dict[str, Any] = {
         name: int(record[name]) for name in record.dtype.names if record[name].shape == () and name != "direction"
     }
     result |= {"src": address(record["initiator"], version), "dst": address(record["responder"], version)}
@@ -87,7 +88,8 @@ def flows(records: Records) -> list[dict[str, Any]]:
 
 
 def ethernet(kind: int | None = None) -> Packet:
-    return Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02", **({} if kind is None else {"type": kind}))
+    ends: dict[str, Any] = {"src": "02:00:00:00:00:01", "dst": "02:00:00:00:00:02"}
+    return Ether(**ends) if kind is None else Ether(**ends, type=kind)
 
 
 def tcp(
@@ -103,7 +105,7 @@ def udp(number: int = 0, *, back: bool = False, load: int = 0) -> bytes:
     """A UDP packet of flow `number`."""
     source, target = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}", "192.168.0.1"
     ip = IP(src=target, dst=source) if back else IP(src=source, dst=target)
-    ports = {"sport": 53, "dport": 5000} if back else {"sport": 5000, "dport": 53}
+    ports: dict[str, Any] = {"sport": 53, "dport": 5000} if back else {"sport": 5000, "dport": 53}
     return bytes(raw(ethernet() / ip / UDP(**ports) / (b"x" * load)))
 
 

@@ -1,11 +1,14 @@
 """No packet is lost or counted twice: small tables, small rings, several CPUs at once."""
 
+import os
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from flowsage.collector.ring import Records
+from flowsage.collector.testrun import measure
 
 from .support import SECOND, check_ledger, drain_all, flows, loaded, needs_root, tcp, totals, udp, udp_frames
 
@@ -87,7 +90,7 @@ def test_a_flow_near_the_width_of_its_packet_field_is_cut_and_goes_on() -> None:
 
 
 def _race(frames: list[list[bytes]], rounds: int, *, ring_bytes: int, active_ns: int = 0, flush: bool = True) -> None:
-    """Threads feed at the same time while another expires, flushes and drains; the ledger must close on every packet."""
+    """Threads feed at the same time while another expires, flushes and drains; the ledger closes on every packet."""
     with loaded(external_clock=False, ring_bytes=ring_bytes, idle_ns=0, active_ns=active_ns, linger_ns=1) as program:
         batches: list[Records] = []
         done = threading.Event()
@@ -159,12 +162,60 @@ def test_a_tiny_ring_under_two_cpus_still_closes_the_ledger() -> None:
     _race([mix * 80, mix * 80], 60, ring_bytes=4096)
 
 
-@pytest.mark.parametrize("walkers", [2])
-def test_two_walks_at_once_emit_each_flow_once(walkers: int) -> None:
+HAMMERED = 300_000
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [tcp("A"), tcp("A", back=True)],
+        [tcp("A"), tcp("A", back=True, load=9), udp(1), udp(2)],
+        [tcp("R"), tcp("S", back=True)],
+    ],
+    ids=["one flow", "three flows in four elements", "ends and beginnings"],
+)
+def test_flows_closed_under_fire_from_another_cpu_keep_every_packet(frames: list[bytes]) -> None:
+    """Packets follow each other inside the kernel, some 100 ns apart, while the table is flushed from another CPU: the
+    words are taken and the elements reused under the packets' hands thousands of times."""
+    cpus = sorted(os.sched_getaffinity(0))
+    with loaded(external_clock=False, table_entries=4, idle_ns=0, linger_ns=1) as program:
+        batches: list[Records] = []
+        done = threading.Event()
+
+        def fire(frame: bytes, cpu: int) -> None:
+            os.sched_setaffinity(0, {cpu})
+            measure(program.xdp_fd, frame, HAMMERED)
+
+        def flush() -> None:
+            os.sched_setaffinity(0, {cpus[-1]})
+            while not done.is_set():
+                program.flush()
+                batches.append(program.ring.drain())
+
+        threads = [threading.Thread(target=fire, args=(f, cpus[i % len(cpus)])) for i, f in enumerate(frames)]
+        flusher = threading.Thread(target=flush)
+        for thread in (flusher, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        done.set()
+        flusher.join()
+        batches.append(drain_all(program))
+        counters = check_ledger(program)
+        records = np.concatenate(batches)
+    packets, nbytes = totals(records)
+    assert packets + counters["lost_closed_packets"] + counters["lost_table_packets"] == HAMMERED * len(frames)
+    assert nbytes + counters["lost_closed_bytes"] + counters["lost_table_bytes"] == HAMMERED * sum(map(len, frames))
+    if not counters["lost_closed_packets"] + counters["lost_table_packets"] + counters["misattributed"]:
+        by_protocol = {int(p): totals(records[records["proto"] == p])[0] for p in np.unique(records["proto"])}
+        assert by_protocol == Counter({6: 2 * HAMMERED, 17: (len(frames) - 2) * HAMMERED}) - Counter()
+
+
+def test_two_walks_at_once_emit_each_flow_once() -> None:
     frames = udp_frames(20_000)
     with loaded(ring_bytes=1 << 23) as program:
         program.feed(frames, [SECOND] * len(frames))
-        threads = [threading.Thread(target=program.flush) for _ in range(walkers)]
+        threads = [threading.Thread(target=program.flush) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -4,6 +4,7 @@ import struct
 from typing import Any
 
 import pytest
+from scapy.compat import raw
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_Router_Alert
 from scapy.layers.inet6 import (
     ICMPv6EchoRequest,
@@ -17,7 +18,7 @@ from scapy.layers.ipsec import AH, ESP
 from scapy.layers.l2 import ARP, GRE, Dot1AD, Dot1Q, Dot3
 from scapy.layers.sctp import SCTP
 from scapy.layers.vxlan import VXLAN
-from scapy.packet import Packet, Raw, raw
+from scapy.packet import Packet, Raw
 
 from .support import ACK, FIN, PSH, SYN, drain_all, ethernet, flows, loaded, needs_root
 

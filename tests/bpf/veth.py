@@ -59,10 +59,9 @@ def veth_pair(tag: str) -> Iterator[VethPair]:
             # Before the interfaces exist: router solicitations and neighbour discovery are packets too.
             for which in ("all", "default"):
                 run("ip", "netns", "exec", name, "sysctl", "-qw", f"net.ipv6.conf.{which}.disable_ipv6=1")
-        run(
-            "ip", "-n", pair.outside, "link", "add", pair.sender, "numtxqueues", "1", "numrxqueues", "1", "type", "veth",
-            "peer", "name", pair.receiver, "netns", pair.home, "numtxqueues", "1", "numrxqueues", "1",
-        )  # fmt: skip
+        one = ("numtxqueues", "1", "numrxqueues", "1")  # one queue: nothing overtakes
+        peer = ("peer", "name", pair.receiver, "netns", pair.home, *one)
+        run("ip", "-n", pair.outside, "link", "add", pair.sender, *one, "type", "veth", *peer)
         for name, interface in ((pair.outside, pair.sender), (pair.home, pair.receiver)):
             run("ip", "-n", name, "link", "set", interface, "mtu", str(MTU), "arp", "off", "multicast", "off", "up")
         yield pair

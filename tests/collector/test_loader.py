@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,7 +220,7 @@ def test_the_counter_program_counts_by_protocol() -> None:
 
 def test_an_object_that_is_not_there_or_not_one_is_refused(tmp_path: Path) -> None:
     with create_ebpf_loader() as loader:
-        with pytest.raises(ProgramError, match="no program object at .*make bpf"):
+        with pytest.raises(ProgramError, match=r"no program object at .*make bpf"):
             loader.load_program(tmp_path / "absent.bpf.o")
         for name, content in (("text", b"no object\n"), ("cut", FLOW.read_bytes()[:5000]), ("empty", b"")):
             path = tmp_path / f"{name}.bpf.o"
@@ -295,7 +296,7 @@ def test_without_libbpf_the_sentence_names_the_package(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "wrong", [{"table_entries": 0}, {"ring_bytes": 5000}, {"ring_bytes": 2048}, {"idle_ns": -1}], ids=str
 )
-def test_settings_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong)).split("_")[0]):
         FlowSettings(**wrong)
 
