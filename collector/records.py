@@ -7,12 +7,13 @@ the distinct addresses of a batch are formatted.
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from flowsage.collector.addresses import encode_addresses
 
 SCHEMA_VERSION = 1
 
@@ -116,74 +117,6 @@ FLOW_SCHEMA = pa.schema(
 )
 """Columns of flow records, version 1. Times are Unix ns; `_fwd` is initiator to responder; bytes are frame lengths;
 icmp_type and icmp_code are −1 where they do not apply; handshake_ns is null unless SYN and SYN-ACK were both seen."""
-
-_DIGITS = np.zeros((256, 4), np.uint8)
-for _value in range(256):
-    _text = f"{_value}.".encode()
-    _DIGITS[_value, : len(_text)] = np.frombuffer(_text, np.uint8)
-_LENGTHS = (_DIGITS != 0).sum(axis=1).astype(np.int32)
-
-
-def _ipv4_names(octets: npt.NDArray[np.uint8]) -> pa.Array:
-    """Dotted names [n] of n IPv4 addresses, `octets` [n, 4]: digits by table, then squeezed together."""
-    text = _DIGITS[octets]
-    last = text[:, 3]
-    last[last == ord(".")] = 0
-    offsets = np.zeros(len(octets) + 1, np.int32)
-    np.cumsum(_LENGTHS[octets].sum(axis=1) - 1, out=offsets[1:])
-    flat = text.reshape(-1)
-    return pa.Array.from_buffers(pa.string(), len(octets), [None, pa.py_buffer(offsets), pa.py_buffer(flat[flat != 0])])
-
-
-def _mapped(addresses: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Which of `addresses` [n, 16], contiguous, are ::ffff:a.b.c.d [n]."""
-    words = addresses.view("<u8").reshape(-1, 2)
-    result: npt.NDArray[np.bool_] = (words[:, 0] == 0) & (
-        (words[:, 1] & np.uint64(0xFFFFFFFF)) == np.uint64(0xFFFF0000)
-    )
-    return result
-
-
-def format_addresses(addresses: npt.NDArray[np.uint8], ip_version: npt.NDArray[np.uint8]) -> pa.Array:
-    """Names [n] of n addresses of 16 bytes [n, 16]; those of `ip_version` 4 are IPv4-mapped and come out dotted.
-
-    IPv6 is written as RFC 5952 says.
-    """
-    v4 = ip_version == 4
-    if v4.all():
-        return _ipv4_names(addresses[:, 12:])
-    wire = addresses[~v4].tobytes()
-    v6_names = [socket.inet_ntop(socket.AF_INET6, wire[i : i + 16]) for i in range(0, len(wire), 16)]
-    names = pa.concat_arrays([_ipv4_names(addresses[v4][:, 12:]), pa.array(v6_names, pa.string())])
-    place = np.empty(len(addresses), np.int64)
-    place[np.concatenate([np.flatnonzero(v4), np.flatnonzero(~v4)])] = np.arange(len(addresses))
-    return names.take(pa.array(place))
-
-
-def encode_addresses(addresses: npt.NDArray[np.uint8], ip_version: npt.NDArray[np.uint8]) -> pa.DictionaryArray:
-    """`addresses` [n, 16] as dictionary<int32, string> [n] in order of first appearance.
-
-    Mapped addresses that came in IPv6 packets stay apart from IPv4 ones: they are other hosts.
-    """
-    addresses = np.ascontiguousarray(addresses)
-    n = len(addresses)
-    mapped = _mapped(addresses)
-    if mapped.all() and (ip_version == 4).all():
-        # The common case: IPv4 only, and four bytes hash twice as fast as sixteen.
-        words = np.ascontiguousarray(addresses.view("<u4")[:, 3])
-        encoded = pa.array(words).dictionary_encode()
-        octets = encoded.dictionary.to_numpy().view(np.uint8).reshape(-1, 4)
-        return pa.DictionaryArray.from_arrays(encoded.indices, _ipv4_names(octets))
-    ambiguous = bool((mapped & (ip_version == 6)).any())
-    keys = np.column_stack([addresses, ip_version]) if ambiguous else addresses
-    width = keys.shape[1]
-    flat = pa.Array.from_buffers(pa.binary(width), n, [None, pa.py_buffer(np.ascontiguousarray(keys))])
-    encoded = flat.dictionary_encode()
-    distinct = np.frombuffer(encoded.dictionary.buffers()[1], np.uint8, len(encoded.dictionary) * width)
-    distinct = distinct.reshape(-1, width)
-    forms = np.ascontiguousarray(distinct[:, :16])
-    version = distinct[:, 16] if ambiguous else np.where(_mapped(forms), 4, 6).astype(np.uint8)
-    return pa.DictionaryArray.from_arrays(encoded.indices, format_addresses(forms, version))
 
 
 def to_batch(records: npt.NDArray[Any], *, clock_offset_ns: int, sensor: str) -> pa.RecordBatch:

@@ -2,19 +2,21 @@
 
 import ipaddress
 import re
+import socket
 import subprocess
 from importlib.resources import files
 
 import numpy as np
 import pyarrow as pa
 import pytest
+
+from flowsage.collector.addresses import VECTOR_FROM, format_addresses
 from flowsage.collector.records import (
     CONTINUED,
     DIRECTION_DTYPE,
     FLOW_SCHEMA,
     RECORD_DTYPE,
     VLAN_CHANGED,
-    format_addresses,
     merge_same_flow,
     packets_in,
     to_batch,
@@ -123,6 +125,17 @@ def test_addresses_are_written_as_everyone_writes_them(share_v6):
     keep = np.flatnonzero(version == version[::-1])
     assert batch["src_ip"].to_pylist() == [want[i] for i in keep]
     assert batch["dst_ip"].to_pylist() == [want[n - 1 - i] for i in keep]
+
+
+@pytest.mark.parametrize("n", [VECTOR_FROM - 1, 20_000])
+def test_ipv6_is_written_as_the_c_library_writes_it_whatever_its_zeros(n):
+    rng = np.random.default_rng(n)
+    words = rng.integers(0, 1 << 16, (n, 8)) >> rng.integers(0, 16, (n, 8))
+    words[rng.random((n, 8)) < rng.random((n, 1))] = 0
+    raw = words.astype(">u2").view(np.uint8).reshape(n, 16)
+    want = [socket.inet_ntop(socket.AF_INET6, a.tobytes()) for a in raw]
+    assert format_addresses(raw, np.full(n, 6, np.uint8)).to_pylist() == want
+    assert {"::", "::1"} & set(want) or n < VECTOR_FROM
 
 
 def test_a_mapped_address_in_an_ipv6_packet_is_not_the_ipv4_host():
