@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
-from flowsage.graph.flows import SERVICE_BITS
+from flowsage.graph import memory
+from flowsage.graph.flows import SERVICE_BITS, Int32
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.key_levels import (
     ES_ALL,
@@ -36,6 +39,8 @@ from flowsage.models.key_levels import (
 )
 from flowsage.models.keys import AHEAD
 from flowsage.models.weights import CONSTANTS
+
+Float64 = npt.NDArray[np.float64]
 
 _THETA, _D, _POOLED = CONSTANTS.strength, CONSTANTS.discount, CONSTANTS.pooled
 _ALL, _OWN, _LAST = CONSTANTS.rank_all, CONSTANTS.rank_service, int(CONSTANTS.buckets) - 1
@@ -80,9 +85,36 @@ def meeting_rank(d, k, n, k_service, n_service):  # type: ignore[no-untyped-def]
     return -math.log((k_service + _OWN * everywhere) / (n_service + _OWN))
 
 
+class Scratch(NamedTuple):
+    """Room for what is known of a window's rows while it is worked on; `familiarity`'s loops say what is where."""
+
+    s_n: Float64
+    s_t: Float64
+    svc_n: Float64
+    ss_n: Float64
+    ss_up: Int32
+    e_n: Float64
+    es_up: Int32
+    es_n: Float64
+    o_n: Float64
+
+    @classmethod
+    def empty(cls, sizes: list[int]) -> Scratch:
+        """For so many rows of each level."""
+        s, svc, ss, e, es, o = sizes
+
+        def room(rows: int, width: int) -> Float64:
+            return memory.empty((rows, width), np.float64)
+
+        return cls(
+            room(s, 8), room(s, 4), room(svc, 4), room(ss, 8), memory.empty((ss, 2), np.int32),
+            room(e, 2), memory.empty((es, 2), np.int32), room(es, 5), room(o, 4),
+        )  # fmt: skip
+
+
 @numba.njit(cache=True, nogil=True)
 def familiarity(  # type: ignore[no-untyped-def]
-    run, seen, rows, counts, pool, ranks, svc_ranks, terms, marks
+    run, seen, rows, counts, scratch, pool, ranks, svc_ranks, terms, marks
 ):
     """Terms of each directed contact v, and the counts after each window.
 
@@ -108,28 +140,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     ways = run.ways
     s_rows, svc_rows, ss_rows, e_rows, es_rows, o_rows = rows
     s_count, svc_count, ss_count, e_count, es_count, o_count = counts
-    most = np.zeros(6, np.int64)
-    for w in range(len(run.windows)):
-        most[0] = max(most[0], s_rows.start[w + 1] - s_rows.start[w])
-        most[1] = max(most[1], svc_rows.start[w + 1] - svc_rows.start[w])
-        most[2] = max(most[2], ss_rows.start[w + 1] - ss_rows.start[w])
-        most[3] = max(most[3], e_rows.start[w + 1] - e_rows.start[w])
-        most[4] = max(most[4], es_rows.start[w + 1] - es_rows.start[w])
-        most[5] = max(most[5], o_rows.start[w + 1] - o_rows.start[w])
-    # Scratch of a window's rows. Which columns are written where is said by the loops below.
-    s_n = np.empty((most[0], 8))
-    s_t = np.empty((most[0], 4))
-    svc_n = np.empty((most[1], 2))
-    svc_t = np.empty(most[1])
-    ss_n = np.empty((most[2], 5))
-    ss_up = np.empty((most[2], 2), np.int32)
-    ss_t = np.empty((most[2], 6))
-    e_n = np.empty(most[3])
-    e_up = np.empty(most[3], np.int32)
-    es_up = np.empty((most[4], 2), np.int32)
-    es_n = np.empty((most[4], 5))
-    o_n = np.empty((most[5], 3))
-    o_t = np.empty(most[5])
+    s_n, s_t, svc_n, ss_n, ss_up, e_n, es_up, es_n, o_n = scratch
     for w in range(len(run.windows)):
         now = seen + w
         log_now = math.log(now + 1.0)
@@ -160,7 +171,7 @@ def familiarity(  # type: ignore[no-untyped-def]
                 es_n[es, 2] = 1.0
             ss_up[ss, 0] = s
             ss_up[ss, 1] = svc_rows.row[v]
-            e_up[e_rows.row[v]] = s
+            e_n[e_rows.row[v], 1] = s
             es_up[es, 0] = ss
             es_up[es, 1] = o
         # es: tokens for its parents.
@@ -189,11 +200,11 @@ def familiarity(  # type: ignore[no-untyped-def]
             es_n[r, 4] = es_count[slot, ES_FIRST]
         for r in range(n_e):
             prefetch(e_count, e_rows.row_slot[e0 + min(r + AHEAD, n_e - 1)])
-            s, slot = e_up[r], e_rows.row_slot[e0 + r]
-            e_n[r] = e_count[slot, 0]
+            s, slot = int(e_n[r, 1]), e_rows.row_slot[e0 + r]
+            e_n[r, 0] = e_count[slot, 0]
             e_count[slot, 0] += 1.0
             s_n[s, 4] += 1.0
-            if e_n[r] == 0.0:
+            if e_n[r, 0] == 0.0:
                 s_n[s, 5] += 1.0
         # ss: tokens for s, flows for the pools.
         for r in range(n_ss):
@@ -238,7 +249,7 @@ def familiarity(  # type: ignore[no-untyped-def]
             slot = svc_rows.row_slot[svc0 + r]
             if svc_count[slot, SVC_ALL] == 0.0:
                 pool[2] += 1.0
-            svc_t[r] = log_now - math.log(svc_count[slot, SVC_ALL] + 0.5)
+            svc_n[r, 2] = log_now - math.log(svc_count[slot, SVC_ALL] + 0.5)
             svc_count[slot, SVC_ALL] += 1.0
             svc_count[slot, SVC_X] += svc_n[r, 0]
             svc_count[slot, SVC_ROWS] += svc_n[r, 1]
@@ -246,7 +257,7 @@ def familiarity(  # type: ignore[no-untyped-def]
             prefetch(o_count, o_rows.row_slot[o0 + min(r + AHEAD, n_o - 1)])
             slot = o_rows.row_slot[o0 + r]
             tokens, distinct = o_count[slot, O_TOKENS], o_count[slot, O_NEW]
-            o_t[r] = log_now - math.log(o_count[slot, O_ANSWERED] + 0.5) + new_child(tokens, distinct)
+            o_n[r, 2] = log_now - math.log(o_count[slot, O_ANSWERED] + 0.5) + new_child(tokens, distinct)
             if o_n[r, 0] > 0.0:
                 o_count[slot, O_ANSWERED] += 1.0
                 o_count[slot, O_TOKENS] += o_n[r, 0]
@@ -259,23 +270,25 @@ def familiarity(  # type: ignore[no-untyped-def]
             x, n = ss_n[r, 0], ss_count[slot, SS_ALL]
             others = svc_count[svc, SVC_ROWS] - 1.0
             mean = (svc_count[svc, SVC_X] - x) / others if others > 0.0 else 0.0
-            ss_t[r, 0] = log_now - math.log(ss_count[slot, SS_KEPT] + 0.5)
-            ss_t[r, 1] = log_now - math.log(ss_count[slot, SS_MET] + 0.5)
-            ss_t[r, 2] = x - (ss_count[slot, SS_X] + _POOLED * mean) / (now + _POOLED)
+            kept, met, tokens, fresh = ss_n[r, 1], ss_n[r, 2], ss_n[r, 3], ss_n[r, 4]
+            # From here on ss_n are terms: B, K, F, C_ss, P, C_es, and the earlier windows.
+            ss_n[r, 0] = log_now - math.log(ss_count[slot, SS_KEPT] + 0.5)
+            ss_n[r, 1] = log_now - math.log(ss_count[slot, SS_MET] + 0.5)
+            ss_n[r, 2] = x - (ss_count[slot, SS_X] + _POOLED * mean) / (now + _POOLED)
             if n == 0.0:
-                ss_t[r, 3] = s_n[s, 7]
-                ss_t[r, 4] = s_n[s, 3]
+                ss_n[r, 3] = s_n[s, 7]
+                ss_n[r, 4] = s_n[s, 3]
             else:
-                ss_t[r, 3] = known_child(n, s_n[s, 6])
-                ss_t[r, 4] = 0.0
-            ss_t[r, 5] = new_child(ss_count[slot, SS_ES], ss_count[slot, SS_ES_NEW]) if ss_n[r, 4] > 0.0 else 0.0
-            ss_n[r, 0] = n
+                ss_n[r, 3] = known_child(n, s_n[s, 6])
+                ss_n[r, 4] = 0.0
+            ss_n[r, 5] = new_child(ss_count[slot, SS_ES], ss_count[slot, SS_ES_NEW]) if fresh > 0.0 else 0.0
+            ss_n[r, 6] = n
             ss_count[slot, SS_ALL] += 1.0
-            ss_count[slot, SS_KEPT] += ss_n[r, 1]
-            ss_count[slot, SS_MET] += ss_n[r, 2]
+            ss_count[slot, SS_KEPT] += kept
+            ss_count[slot, SS_MET] += met
             ss_count[slot, SS_X] += x
-            ss_count[slot, SS_ES] += ss_n[r, 3]
-            ss_count[slot, SS_ES_NEW] += ss_n[r, 4]
+            ss_count[slot, SS_ES] += tokens
+            ss_count[slot, SS_ES_NEW] += fresh
         # Ranks of the first meetings, and the token of each source: s_n[., 4], [., 5] are its largest D and where.
         s_n[:n_s, 4] = -1.0
         for r in range(n_es):
@@ -284,7 +297,7 @@ def familiarity(  # type: ignore[no-untyped-def]
                 continue
             ss, o = es_up[r, 0], es_up[r, 1]
             s, svc = ss_up[ss, 0], svc_rows.row_slot[svc0 + ss_up[ss, 1]]
-            d = max(0.0, o_t[o])
+            d = max(0.0, o_n[o, 2])
             b = bucket(d)
             es_n[r, 1] = meeting_rank(d, ranks[b], ranks[0], svc_ranks[svc, b], svc_ranks[svc, 0])
             if es_n[r, 2] > 0.0 and d > s_n[s, 4]:
@@ -300,26 +313,26 @@ def familiarity(  # type: ignore[no-untyped-def]
         for v in range(begin, end):
             soon = min(v + AHEAD, end - 1)
             prefetch(s_t, s_rows.row[soon])
-            prefetch(ss_t, ss_rows.row[soon])
-            prefetch(o_t, o_rows.row[soon])
+            prefetch(ss_n, ss_rows.row[soon])
+            prefetch(o_n, o_rows.row[soon])
             c = v // ways
             s, svc, ss, es = s_rows.row[v], svc_rows.row[v], ss_rows.row[v], es_rows.row[v]
             new, ports = es_n[es, 0] > 0.0, (run.service[c] & _PORT) > 0
             terms[B_S, v] = s_t[s, 0]
-            terms[B_SS, v] = ss_t[ss, 0]
-            terms[K_SS, v] = ss_t[ss, 1]
-            terms[B_SVC, v] = svc_t[svc] if run.service[c] != 0 or pool[2] > 1.0 else 0.0
+            terms[B_SS, v] = ss_n[ss, 0]
+            terms[K_SS, v] = ss_n[ss, 1]
+            terms[B_SVC, v] = svc_n[svc, 2] if run.service[c] != 0 or pool[2] > 1.0 else 0.0
             terms[F_S, v] = s_t[s, 1]
-            terms[F_SS, v] = ss_t[ss, 2]
-            terms[C_SS, v] = ss_t[ss, 3]
-            terms[P_SS, v] = ss_t[ss, 4]
-            terms[C_ES, v] = ss_t[ss, 5] if new and ports else 0.0
-            terms[C_E, v] = s_t[s, 2] if e_n[e_rows.row[v]] == 0.0 and not ports else 0.0
+            terms[F_SS, v] = ss_n[ss, 2]
+            terms[C_SS, v] = ss_n[ss, 3]
+            terms[P_SS, v] = ss_n[ss, 4]
+            terms[C_ES, v] = ss_n[ss, 5] if new and ports else 0.0
+            terms[C_E, v] = s_t[s, 2] if e_n[e_rows.row[v], 0] == 0.0 and not ports else 0.0
             terms[DC, v] = es_n[es, 1] if ports else 0.0
-            terms[D, v] = o_t[o_rows.row[v]]
+            terms[D, v] = o_n[o_rows.row[v], 2]
             if v == c * ways:
                 marks[KNOWN, c] = es_n[es, 3]
-                marks[PAIR_KNOWN, c] = e_n[e_rows.row[v]]
-                marks[SERVICE_KNOWN, c] = ss_n[ss, 0]
+                marks[PAIR_KNOWN, c] = e_n[e_rows.row[v], 0]
+                marks[SERVICE_KNOWN, c] = ss_n[ss, 6]
                 marks[SOURCE_KNOWN, c] = s_t[s, 3]
                 marks[FIRST, c] = es_n[es, 4]

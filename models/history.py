@@ -6,18 +6,21 @@ is keyed by 64-bit hashes in six bounded tables (`key_levels`), read and updated
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.graph import memory
 from flowsage.graph.build import Contacts
 from flowsage.graph.flows import FlowBatch
 from flowsage.models.beat import beat
-from flowsage.models.familiarity import TERMS, familiarity
+from flowsage.models.familiarity import C_ES, C_SS, DC, TERMS, D, Scratch, familiarity
 from flowsage.models.history_scores import ContactTerms, Float64, HistoryScores, Outputs, Parts
 from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S
 from flowsage.models.keys import NEVER, Int32, Int64
@@ -32,19 +35,20 @@ _CHUNK = 1 << 18
 """Contacts handled at once: bounds the memory of a long run, and changes no result."""
 _THREADED = 1 << 14
 """Flows from which a second thread pays."""
-_MARKS, _SAID, _FIRST = slice(0, 4), slice(8, 14), 14
-"""Which of `FIELDS` come from `familiarity`, from `beat`."""
+_SHARED = (D, C_SS, C_ES, DC)
+"""Terms that are fields of contacts as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryConfig:
     """How history counts. `undirected` where initiators are unknown: every flow then counts both ways.
 
-    max_keys: keys a level remembers at most; beyond it the longest unseen leave, an eighth at a time.
+    max_keys: keys a level remembers at most after a window; beyond it the longest unseen leave, an eighth at a time. With
+    five million of each kind the memory is some 3 GB.
     """
 
     undirected: bool = False
-    max_keys: int = 16_000_000
+    max_keys: int = 5_000_000
     weights: Weights = WEIGHTS
     threads: int = 2
 
@@ -99,17 +103,17 @@ class History:
             of_c = slice(int(contacts.offsets[begin]), int(contacts.offsets[end]))
             of_f = slice(int(contacts.flow_offsets[begin]), int(contacts.flow_offsets[end]))
             run = _run(contacts, ways, begin, end, of_c, of_f)
-            hosts.append(self._chunk(run, flows.take(of_f), out.part(of_c, of_f, ways)))
+            part = out.part(of_c, of_f, ways)
+            hosts.append(self._chunk(run, flows.take(of_f), part))
+            out.keep(part, of_c, ways)
             self.windows += end - begin
             self.last_window = int(contacts.windows[end - 1])
             self._evict(out.slots[: of_c.stop])
             begin = end
-        for name in ("D", "C_ss", "C_es", "dc"):
-            out.numbers[FIELDS.index(name)] = out.terms[TERMS.index(name), ::ways]
         host, window, score = (np.concatenate([part[k] for part in hosts] or [_NONE]) for k in range(3))
         capped = flows.answered & flows.told
         return HistoryScores(
-            **_fields(out.numbers, out.slots),
+            **_fields((*out.marks[:4], *(out.terms[k, ::ways] for k in _SHARED), *out.said, out.marks[4]), out.slots),
             flow_score=out.flow_score,
             beacon_score=out.beacon_score,
             host=host.astype(np.int32, copy=False),
@@ -123,47 +127,42 @@ class History:
         levels = self.levels
         rows: list[Rows] = [_NO_ROWS] * len(levels)
 
-        def assign(*which: int) -> Callable[[], None]:
-            def job() -> None:
-                for k in which:
-                    rows[k] = levels[k].assign(run)
+        def assign(level: int) -> None:
+            rows[level] = levels[level].assign(run)
 
-            return job
+        def learn_volume(level: int, count: Int64, v: Float64) -> None:
+            scratch = memory.empty((int(rows[level].start[-1]), 8), np.float64)
+            volume(run, rows[level], levels[level]["volume"], _frozen(count), scratch, v)
 
         def count() -> None:
-            counts, marks = tuple(level["count"] for level in levels), np.empty((5, len(run.src)))
+            counts, scratch = tuple(level["count"] for level in levels), Scratch.empty([int(r.start[-1]) for r in rows])
             familiarity(
-                run, self.windows, tuple(rows), counts, self._pool, self._ranks, levels[SVC]["rank"], terms, marks
-            )
-            out.numbers[_MARKS], out.numbers[_FIRST] = marks[:-1], marks[-1]
-            volume(run, rows[S], levels[S]["volume"], _frozen(flows.bytes_rev), out.v_rev)
+                run, self.windows, tuple(rows), counts, scratch, self._pool, self._ranks, levels[SVC]["rank"],
+                out.terms, out.marks,
+            )  # fmt: skip
 
         def beats() -> None:
-            said, sent = np.empty((6, len(run.src))), _frozen(flows.bytes_fwd)
             beat(
-                run, _frozen(flows.start_ns), sent, rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot,
-                levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
-                out.llr, out.z, out.zc, said,
+                run, _frozen(flows.start_ns), _frozen(flows.bytes_fwd),
+                rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot, levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
+                out.llr, out.z, out.zc, out.said,
             )  # fmt: skip
-            out.numbers[_SAID] = said
-            volume(run, rows[ES], levels[ES]["volume"], sent, out.v_fwd)
 
-        # Kernels compile once, for arrays in one piece, which a part of `out.terms` is not.
-        terms = out.terms if out.terms.flags.c_contiguous else np.empty(out.terms.shape)
         size = len(run.src) * run.ways + len(flows)
-        self._together(size, assign(ES, S, SVC), assign(E, SS, O))
-        self._together(size, beats, count)
+        self._together(size, *(partial(assign, level) for level in (ES, E, SS, O, S, SVC)))
+        volumes = ((ES, flows.bytes_fwd, out.v_fwd), (S, flows.bytes_rev, out.v_rev))
+        self._together(size, beats, count, *(partial(learn_volume, *each) for each in volumes))
         out.slots[:] = rows[ES].slot[:: run.ways]
         weights, own = _weights(self.config.weights)
-        contact_sums(run.ways, terms, weights, out.free, out.capped)
-        if terms is not out.terms:
-            out.terms[:] = terms
-        k = int(rows[S].start[-1])
+        sums = memory.empty((len(run.src) * run.ways, 4), np.float64)
+        contact_sums(run.ways, out.terms, weights, sums)
+        k, pairs = int(rows[S].start[-1]), int(rows[E].start[-1])
+        scratch = memory.empty(pairs, np.float64), memory.empty(pairs, np.int32), memory.empty(k, np.float64)
         host, window, host_score = np.empty(k, np.int32), np.empty(k, np.int64), np.empty(k)
         score(
             run, _frozen(flows.answered), _frozen(flows.told), _frozen(flows.failed), rows[S], rows[E],
-            out.free, out.capped, out.v_rev, out.v_fwd, out.llr, out.z, out.zc, own,
-            out.flow_score, out.beacon_score, host, window, host_score,
+            sums, out.v_rev, out.v_fwd, out.llr, out.z, out.zc, own,
+            scratch[0], scratch[1], scratch[2], out.flow_score, out.beacon_score, host, window, host_score,
         )  # fmt: skip
         return host, window, host_score
 
@@ -223,16 +222,25 @@ class History:
         most = int(offsets[begin]) + min(_CHUNK, max(0, room)) // ways
         return max(begin + 1, int(np.searchsorted(offsets, most, side="right")) - 1)
 
-    def _together(self, size: int, first: Callable[[], None], second: Callable[[], None]) -> None:
-        """Two independent jobs, side by side where their size is worth a second thread."""
+    def _together(self, size: int, *jobs: Callable[[], None]) -> None:
+        """Independent jobs, the longest first; two at a time where their size is worth a second thread."""
+        todo = deque(jobs)
+
+        def work() -> None:
+            while todo:
+                try:
+                    job = todo.popleft()
+                except IndexError:  # the other one took the last
+                    return
+                job()
+
         if size < _THREADED or self.config.threads < 2:
-            first()
-            second()
+            work()
             return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="history")
-        other = self._threads.submit(first)
-        second()
+        other = self._threads.submit(work)
+        work()
         other.result()
 
     def _evict(self, slots: Int32) -> None:
@@ -280,7 +288,7 @@ def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return view
 
 
-def _fields(numbers: Float64, slots: Int32) -> dict[str, Any]:
+def _fields(numbers: Iterable[Float64], slots: Int32) -> dict[str, Any]:
     """`ContactTerms` by name, of what the kernels say."""
     columns: dict[str, Any] = dict(zip(FIELDS, numbers, strict=True))
     columns["day_one"] = columns.pop("first") < CONSTANTS.day_one

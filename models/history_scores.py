@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.graph import memory
 from flowsage.graph.columns import Bool, Int64
 from flowsage.graph.flows import Int32
 from flowsage.models.familiarity import B_S, K_SS, TERMS, D
-from flowsage.models.recall import FIELDS
 from flowsage.models.weights import CONSTANTS, Weights
 
 Float64 = npt.NDArray[np.float64]
@@ -83,15 +83,14 @@ class HistoryScores(ContactTerms):
 class Outputs(NamedTuple):
     """What the kernels write: of c contacts, n flows; directed ones are `ways` times as many (`key_levels.Run`)."""
 
-    numbers: Float64
-    """[15, c] `recall.FIELDS`."""
+    marks: Float64
+    """[5, c] see `familiarity`."""
+    said: Float64
+    """[6, c] see `beat`."""
     slots: Int32
     """[c]"""
     terms: Float64
     """[12, c·ways] `familiarity.TERMS`."""
-    free: Float64
-    """[c·ways] S without what is a flow's own, and `capped` by D."""
-    capped: Float64
     v_rev: Float64
     """[n·ways], and so on."""
     v_fwd: Float64
@@ -104,21 +103,33 @@ class Outputs(NamedTuple):
 
     @classmethod
     def empty(cls, c: int, n: int, ways: int) -> Outputs:
-        """Room for a run. Terms of flows are zeros that are mostly never touched, so take no memory."""
-        numbers, terms = np.empty((len(FIELDS), c)), np.empty((len(TERMS), c * ways))
-        free, capped, flow_score, beacon_score = (np.empty(k) for k in (c * ways, c * ways, n, n))
-        v_rev, v_fwd, llr, z, zc = (np.zeros(n * ways) for _ in range(5))
-        slots = np.empty(c, np.int32)
-        return cls(numbers, slots, terms, free, capped, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
+        """Room for a run. Zeros where only what is not zero gets written; np.zeros where that is rare, so that most of
+        it is never touched, and takes no memory."""
+        marks, said, terms = (memory.empty(shape, np.float64) for shape in ((5, c), (6, c), (len(TERMS), c * ways)))
+        flow_score, beacon_score = (memory.empty(n, np.float64) for _ in range(2))
+        v_rev, v_fwd = (memory.zeros(n * ways, np.float64) for _ in range(2))
+        llr, z, zc = (np.zeros(n * ways) for _ in range(3))
+        slots = memory.empty(c, np.int32)
+        return cls(marks, said, slots, terms, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
 
     def part(self, of_c: slice, of_f: slice, ways: int) -> Outputs:
-        """Views of some contacts and their flows."""
+        """Of some contacts and their flows: views, but for the matrices, which kernels want in one piece (`keep`)."""
         v, j = (slice(s.start * ways, s.stop * ways) for s in (of_c, of_f))
         return Outputs(
-            self.numbers[:, of_c], self.slots[of_c], self.terms[:, v], self.free[v], self.capped[v],
+            _piece(self.marks[:, of_c]), _piece(self.said[:, of_c]), self.slots[of_c], _piece(self.terms[:, v]),
             self.v_rev[j], self.v_fwd[j], self.llr[j], self.z[j], self.zc[j],
             self.flow_score[of_f], self.beacon_score[of_f],
         )  # fmt: skip
+
+    def keep(self, part: Outputs, of_c: slice, ways: int) -> None:
+        """The matrices of a part, back where they belong."""
+        if len(part.slots) < len(self.slots):
+            self.marks[:, of_c], self.said[:, of_c] = part.marks, part.said
+            self.terms[:, of_c.start * ways : of_c.stop * ways] = part.terms
+
+
+def _piece(view: Float64) -> Float64:
+    return view if view.flags.c_contiguous else memory.empty(view.shape, np.float64)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from flowsage.models.weights import CONSTANTS
 
 _ABOVE, _BEACON_FLOOR, _BEACON_SCALE = CONSTANTS.regular_above, CONSTANTS.beacon_floor, CONSTANTS.beacon_scale
 W_V_REV, W_V_FWD, W_T, W_FAIL = range(4)
+FREE, CAPPED, BEST = range(3)
+"""Columns of `sums`, half a cache line a directed contact: all that a flow needs of its contact."""
 
 
 @numba.njit(cache=True, nogil=True)
-def contact_sums(ways, terms, weights, free, capped):  # type: ignore[no-untyped-def]
-    """S without what is a flow's own, f8[v]: `free`, and `capped` where B_s, B_ss, K_ss are at most D.
+def contact_sums(ways, terms, weights, sums):  # type: ignore[no-untyped-def]
+    """S without what is a flow's own, into sums f8[v, 4]: `FREE`, and `CAPPED` where B_s, B_ss, K_ss are at most D.
 
     terms f8[12, v], weights f8[12] (D's is 0). Undirected: dc becomes the smaller of both ways.
     """
@@ -30,29 +32,24 @@ def contact_sums(ways, terms, weights, free, capped):  # type: ignore[no-untyped
             for k in range(K_SS + 1, len(TERMS)):
                 common += weights[k] * terms[k, u]
             a, b, k, d = terms[B_S, u], terms[B_SS, u], terms[K_SS, u], terms[D, u]
-            free[u] = common + weights[B_S] * a + weights[B_SS] * b + weights[K_SS] * k
-            capped[u] = common + weights[B_S] * min(a, d) + weights[B_SS] * min(b, d) + weights[K_SS] * min(k, d)
+            sums[u, FREE] = common + weights[B_S] * a + weights[B_SS] * b + weights[K_SS] * k
+            sums[u, CAPPED] = common + weights[B_S] * min(a, d) + weights[B_SS] * min(b, d) + weights[K_SS] * min(k, d)
+            sums[u, BEST] = -np.inf
 
 
 @numba.njit(cache=True, nogil=True)
 def score(  # type: ignore[no-untyped-def]
-    run, answered, told, failed, s_rows, e_rows, free, capped, v_rev, v_fwd, llr, z, zc, weights,
-    flow_score, beacon_score, host, host_window, host_score,
+    run, answered, told, failed, s_rows, e_rows, sums, v_rev, v_fwd, llr, z, zc, weights,
+    pair_score, pair_source, highest, flow_score, beacon_score, host, host_window, host_score,
 ):  # fmt: skip
     """flow_score = max(S, 4(Zc − 4)), beacon_score = Z + Zc, both f8[n] (undirected: mean of both ways); and of each
     row of s its host i32, window i64 and score f8: ln Σ over distinct targets exp(highest flow_score).
 
-    S = `free`, or `capped` where the flow is answered and that is known, + ½V_rev + ½V_fwd + ¼T + 1½[failed], with
-    T = ln(1 + max(0, LLR − 10)/10); weights f8[4].
+    S = `FREE`, or `CAPPED` where the flow is answered and that is known, + ½V_rev + ½V_fwd + ¼T + 1½[failed], with
+    T = ln(1 + max(0, LLR − 10)/10); weights f8[4]. Scratch: pair_score f8, pair_source i32 by row of e, highest f8 by
+    row of s.
     """
     ways = run.ways
-    widest = np.zeros(2, np.int64)
-    for w in range(len(run.windows)):
-        widest[0] = max(widest[0], e_rows.start[w + 1] - e_rows.start[w])
-        widest[1] = max(widest[1], s_rows.start[w + 1] - s_rows.start[w])
-    pair_score = np.empty(widest[0])
-    pair_source = np.empty(widest[0], np.int32)
-    highest = np.empty(widest[1])
     for w in range(len(run.windows)):
         n_e = e_rows.start[w + 1] - e_rows.start[w]
         n_s = s_rows.start[w + 1] - s_rows.start[w]
@@ -60,14 +57,13 @@ def score(  # type: ignore[no-untyped-def]
         last = run.flow_offsets[w + 1] - 1
         for i in range(run.flow_offsets[w], last + 1):
             soon = (run.of_flow[min(i + AHEAD, last)] - run.first) * ways
-            prefetch(capped, soon)
-            prefetch(e_rows.row, soon)
+            prefetch(sums, soon)
             first = (run.of_flow[i] - run.first) * ways
             total = 0.0
             beacon = 0.0
             for way in range(ways):
                 v, j = first + way, i * ways + way
-                value = capped[v] if answered[i] and told[i] else free[v]
+                value = sums[v, CAPPED] if answered[i] and told[i] else sums[v, FREE]
                 value += weights[W_V_REV] * v_rev[j] + weights[W_V_FWD] * v_fwd[j]
                 if failed[i]:
                     value += weights[W_FAIL]
@@ -80,13 +76,14 @@ def score(  # type: ignore[no-untyped-def]
                 total += value
             flow_score[i] = total / ways
             beacon_score[i] = beacon / ways
-            for way in range(ways):
-                row = e_rows.row[first + way]
-                pair_score[row] = max(pair_score[row], flow_score[i])
+            for v in range(first, first + ways):
+                sums[v, BEST] = max(sums[v, BEST], flow_score[i])
         h0 = s_rows.start[w]
         for v in range(run.offsets[w] * ways, run.offsets[w + 1] * ways):
             c, s = v // ways, s_rows.row[v]
-            pair_source[e_rows.row[v]] = s
+            row = e_rows.row[v]
+            pair_score[row] = max(pair_score[row], sums[v, BEST])
+            pair_source[row] = s
             host[h0 + s] = run.src[c] if v == c * ways else run.dst[c]
         highest[:n_s] = -np.inf
         for r in range(n_e):

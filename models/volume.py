@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numba
-import numpy as np
 
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.key_levels import V_M2, V_MEAN, V_WINDOWS
@@ -54,19 +53,15 @@ def log_tail(z: float, nu: float) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def volume(run, rows, memory, count, out):  # type: ignore[no-untyped-def]
+def volume(run, rows, memory, count, scratch, out):  # type: ignore[no-untyped-def]
     """V of each directed flow into out f8[n·ways], and the windows' means into `memory` [slots, 3].
 
     V = clip(−ln P(T ≥ z) − 4, 0, 30), y = ln(1+count), T the normal-inverse-gamma predictive after the n earlier window
     means of the key (mean μ, sum of squares M): with n' = min(n, 50), m = (.6 + n μ)/(.1 + n), a = 1 + n'/2,
     b = 2 + M n'/2n + .05 n' (μ − 6)²/(.1 + n'), z = (y − m)/√(b (n' + 1.1)/(a (n' + .1))), 2a degrees of freedom.
-    count i64[n]: −1 where unknown; such flows get 0 and teach nothing. `out` comes as zeros.
+    count i64[n]: −1 where unknown; such flows get 0 and teach nothing. `out` comes as zeros; scratch f8[rows, 8].
     """
     ways = run.ways
-    widest = 0
-    for w in range(len(run.windows)):
-        widest = max(widest, rows.start[w + 1] - rows.start[w])
-    scratch = np.empty((widest, 5))
     for w in range(len(run.windows)):
         first = rows.start[w]
         size = rows.start[w + 1] - first
