@@ -170,19 +170,18 @@ def run_live(
             stack.callback(metrics.close)
         interfaces, netns = settings.sensor.interfaces, None
         if lab:
-            from flowsage.pipelines.lab import Lab
+            from flowsage.pipelines.lab import Lab, LabSettings
             from flowsage.pipelines.lab.command import describe
 
-            network = stack.enter_context(Lab(on_attack=lambda truth: say(f"lab: {describe(truth)}")))
+            network = stack.enter_context(Lab(LabSettings(seed=settings.model.seed), on_attack=lambda truth: say(f"lab: {describe(truth)}")))
             interfaces, netns = tuple(network.interfaces), network.netns
-            say(f"lab: {len(network.hosts)} hosts in network namespaces, on one bridge")
+            say(f"lab: {len(network.hosts)} hosts in network namespaces, on one bridge; truth in {network.truth_path}")
         log = MemoryLog()
         log.consumer(GROUP, FLOWS_TOPIC)
         publisher = Publisher(log, sensor=settings.sensor.name, heartbeat_s=settings.windows.pane / 2e9)
         agent = Agent(agent_settings(settings, interfaces=interfaces, netns=netns), publisher)
+        stack.callback(lambda: agent.stop() if agent.alive else None)
         agent.start()
-        stack.callback(agent.join)
-        stack.callback(agent.stop)
         metrics.add(lambda: sensor_metrics(agent))
         say(f"watching {', '.join(interfaces)}; Ctrl-C stops")
         if settings.metrics.enabled:

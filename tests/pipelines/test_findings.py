@@ -1,0 +1,90 @@
+"""Findings as OCSF Detection Findings."""
+
+import json
+
+from py_ocsf_models.events.findings.detection_finding import DetectionFinding
+
+from flowsage.models.analytics import TABLE
+from flowsage.models.explain import Evidence, Finding
+from flowsage.pipelines.findings import TECHNIQUES, TITLES, to_json, to_ocsf
+from flowsage.pipelines.readable import finding_lines
+
+SECOND = 10**9
+START = 1_700_000_000 * SECOND
+
+
+def evidence(**changes: object) -> Evidence:
+    fields = {
+        "name": "sweep", "src": "10.0.0.5", "dst": "10.0.0.9", "service": (7 << 20) | 446, "proto": 6, "dst_port": 445,
+        "observed": 12.0, "expected": 3.0, "unit": "new peers",
+        "first_ns": START, "last_ns": START + SECOND, "flows": 12,
+    }  # fmt: skip
+    return Evidence(**(fields | changes))  # type: ignore[arg-type]
+
+
+def finding(activity: str = "create", **changes: object) -> Finding:
+    fields = {
+        "uid": "abc", "activity": activity, "host": "10.0.0.5", "role": "source", "peer": None, "analytic": "sweep",
+        "family": "scan", "start_ns": START, "alarm_ns": START + 5 * SECOND,
+        "end_ns": START + 60 * SECOND if activity == "close" else None, "p_value": 1e-5, "severity": 4,
+        "sentence": "10.0.0.5 tried 12 new peers on tcp/445", "technique": "T1046", "evidence": (evidence(),),
+    }  # fmt: skip
+    return Finding(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_every_activity_is_a_valid_detection_finding() -> None:
+    for activity, number in (("create", 1), ("update", 2), ("close", 3)):
+        event = to_ocsf(finding(activity))
+        DetectionFinding.model_validate(event)
+        assert event["class_uid"] == 2004
+        assert event["category_uid"] == 2
+        assert event["activity_id"] == number
+        assert event["type_uid"] == 200400 + number
+        assert event["metadata"]["version"] == "1.8.0"
+        assert event["finding_info"]["uid"] == "abc"
+    assert to_ocsf(finding("close"))["end_time"] == (START + 60 * SECOND) // 10**6
+
+
+def test_evidence_names_end_points_and_what_was_expected() -> None:
+    (piece,) = to_ocsf(finding())["evidences"]
+    assert piece["src_endpoint"] == {"ip": "10.0.0.5"}
+    assert piece["dst_endpoint"] == {"ip": "10.0.0.9", "port": 445}
+    assert piece["connection_info"]["protocol_name"] == "tcp"
+    assert piece["data"]["observed"] == 12.0
+    assert piece["data"]["expected"] == 3.0
+    assert piece["data"]["service"] == "tcp/445"
+
+
+def test_one_flow_has_its_community_id() -> None:
+    # The first example of the Community ID specification's baseline data.
+    one = evidence(src="128.232.110.120", dst="66.35.250.204", src_port=34855, dst_port=80)
+    (piece,) = to_ocsf(finding(evidence=(one,)))["evidences"]
+    assert piece["connection_info"]["community_uid"] == "1:LQU9qZlK+B5F3KDmev6m5PMibrg="
+    assert "community_uid" not in to_ocsf(finding())["evidences"][0]["connection_info"]
+
+
+def test_a_host_that_is_no_address_is_a_host_name() -> None:
+    event = to_ocsf(finding(host="printer", evidence=(evidence(src="printer"),)))
+    assert event["evidences"][0]["src_endpoint"] == {"hostname": "printer"}
+    assert event["observables"] == [{"name": "host", "type_id": 1, "value": "printer"}]
+
+
+def test_the_same_finding_gives_the_same_line() -> None:
+    assert to_json(finding()) == to_json(finding())
+    assert "\n" not in to_json(finding())
+
+
+def test_every_analytic_has_a_title_and_every_technique_a_name() -> None:
+    assert {a.name for a in TABLE} == set(TITLES)
+    assert {a.technique for a in TABLE if a.technique} <= set(TECHNIQUES)
+
+
+def test_a_person_reads_host_cause_reason_and_evidence() -> None:
+    pieces = tuple(evidence(dst=f"10.0.0.{n}") for n in range(7))
+    lines = finding_lines(json.loads(to_json(finding(evidence=pieces))))
+    assert "RAISED" in lines[0]
+    assert "10.0.0.5" in lines[0]
+    assert "ATT&CK T1046" in lines[0]
+    assert lines[1].strip() == "10.0.0.5 tried 12 new peers on tcp/445"
+    assert lines[-1].strip() == "… and 2 more"
+    assert len(finding_lines(json.loads(to_json(finding("close"))))) == 1
