@@ -43,8 +43,8 @@ _SHARED = (D, C_SS, C_ES, DC)
 class HistoryConfig:
     """How history counts. `undirected` where initiators are unknown: every flow then counts both ways.
 
-    max_keys: keys a level remembers at most after a window; beyond it the longest unseen leave, an eighth at a time. With
-    five million of each kind the memory is some 3 GB.
+    max_keys: keys of each kind remembered at most after a window; beyond it the longest unseen leave, an eighth at a
+    time. Five million of every kind are 3.3 GB.
     """
 
     undirected: bool = False
@@ -144,7 +144,8 @@ class History:
         def beats() -> None:
             beat(
                 run, _frozen(flows.start_ns), _frozen(flows.bytes_fwd),
-                rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot, levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
+                rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot,
+                levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
                 out.llr, out.z, out.zc, out.said,
             )  # fmt: skip
 
