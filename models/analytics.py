@@ -73,7 +73,7 @@ TABLE: tuple[Analytic, ...] = (
              "{host} opened {observed} flows on {service} in {span}", 40, True),
     Analytic("fan", "scan", "source", HOST, MINUTE, "T1018", "new peers",
              "{host} met {observed} new peers{on} in {span}", 8),
-    Analytic("sweep", "scan", "source", SERVICE, 4 * HOUR, "T1046", "new peers (an answered one counts a quarter)",
+    Analytic("sweep", "scan", "source", SERVICE, 4 * HOUR, "T1046", "new peers (an answered one counts a fiftieth)",
              "{host} tried {count} new peers on {service} in {span}", 4),
     Analytic("ports", "scan", "source", PAIR, 4 * HOUR, "T1046", "new services",
              "{host} tried {observed} new services of {peer} in {span}", 10),
@@ -129,15 +129,19 @@ IS_TARGET = np.array([a.role == "target" for a in TABLE])
 TAU = np.array([a.tau for a in TABLE])
 COLUMN = np.array([sum(b.kind == a.kind for b in TABLE[:i]) for i, a in enumerate(TABLE)], np.int64)
 """Position of an analytic among those of its kind."""
-SHARE = np.array([0.35 if a.name == "beacon" else 0.065 for a in TABLE])
-"""Share of an analytic in the budget: p of a host is the smallest p / share (weighted Bonferroni, Genovese 2006,
-with ten effectively independent analytics). A beat's p falls slowly, that of the others by powers of ten a minute, so
-it needs the larger share and they hardly miss it."""
+SHARE = np.array([{"beacon": 0.25, "sweep": 0.15}.get(a.name, 0.075) for a in TABLE])
+"""Share of an analytic in the budget: p of a host is the smallest p / share (weighted Bonferroni, Genovese 2006, with
+ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a minute,
+so a beat and a slow scan need larger shares, and the others hardly miss them."""
 LEARNS = np.array([a.learns for a in TABLE])
 LEAST = np.array([a.least if a.tau == 0 else np.log1p(a.least / a.scale) for a in TABLE])
 """x below which nothing is raised."""
 WIDTH = np.array([sum(a.kind == k for a in TABLE) for k in range(4)], np.int64)
 """Number of analytics of each kind."""
+
+ANSWERED, UNANSWERED = 0.02, 0.1
+"""What a new peer counts in a sweep: one that answers, and one that does not where silence is common (UDP, the outside
+web). A refused or unanswered TCP handshake counts 1."""
 
 SURPRISE, SURPRISE_MOST = 2.0, 8.0
 """A first use counts by how far its surprise passes the first, at most the second, nats."""
@@ -172,7 +176,10 @@ def contributions(  # type: ignore[no-untyped-def]
         out[FAN] = 1.0
         out[FAN_IN] = 1.0
     if new_contact:
-        out[SWEEP] = 0.25 if answered > 0 or not told else 1.0
+        if answered > 0 or not told:
+            out[SWEEP] = ANSWERED
+        else:
+            out[SWEEP] = 1.0 if tcp and (inside[1] or port not in (80, 443)) else UNANSWERED
         out[PORTS] = 1.0
         if tcp and inside[0] and inside[1] and _among(port, ADMIN_PORTS):
             out[LATERAL] = 1.0

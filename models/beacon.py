@@ -1,8 +1,8 @@
 """Beacons: contacts that repeat like a clock, seen as gaps that are regular rather than random.
 
 A *visit* begins after some silence; the gaps between visits are told apart by a likelihood ratio, accumulated as a
-CUSUM: regular gaps (Student-t of ln gap, normal-inverse-gamma, one gap in ten may be anything) against a Poisson process
-(gaps exponential, their rate Gamma distributed). Strength of a beat, as DETECTION.md part 3 has it:
+CUSUM: regular gaps (Student-t of ln gap, normal-inverse-gamma, one gap in ten may be anything) against a Poisson
+process (gaps exponential, their rate Gamma distributed). Strength of a beat, as DETECTION.md part 3 has it:
 
     Z = min(150, max(0, LLR − 8)) / 10 · 1 / (sources of the destination)
         · (1 − regular pairs of the service / (pairs + 2)) · 1 / (1 + 2 sd of ln bytes)

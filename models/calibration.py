@@ -6,9 +6,9 @@ For S > u, an analytic and an age group,
 
 the posterior predictive of a Poisson rate of exceedances (prior k0 in N0 host-blocks) times that of an exponential
 excess with a Gamma(a0, b0) prior on its rate (a Lomax tail). N counts *all* active host-blocks, not only those where
-the analytic fired; k counts exceedance events, one that lasts over several blocks once; E sums their excess, winsorised,
-so
-that one attack that is never named cannot teach that the sky is the limit. What was raised is left out of k and E.
+the analytic fired; k counts exceedance events, one that lasts over several blocks once, when it is over; E sums their
+excess, winsorised, so that an attack that is never named cannot teach that the sky is the limit. What was raised is
+left out of k and E.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ BRIDGE = 4
 """Exceedances of a host that are at most this many blocks apart are one event."""
 
 
+DONE = -1.0
+"""State of an event that goes on and will not be counted (again)."""
+
+
 @numba.njit(cache=True, nogil=True)
 def tail(excess, rate, shape, scale):  # type: ignore[no-untyped-def]
     """p of an excess S > u; rate = (k+k0)/(N+N0), shape = a0+k, scale = b0+E."""
@@ -45,7 +49,15 @@ def tail(excess, rate, shape, scale):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _flush(active, role, is_target, best, run, last, excluded, births, now, block, ages, k, e, prior_k, prior_b, n):  # type: ignore[no-untyped-def]
+def _count(k, e, prior_b, a, g, excess):  # type: ignore[no-untyped-def]
+    """One exceedance event of this largest excess, winsorised."""
+    most = WINSOR * (prior_b[a, g] + e[a, g]) / (A0 + k[a, g])
+    k[a, g] += 1.0
+    e[a, g] += min(excess, most)
+
+
+@numba.njit(cache=True, nogil=True)
+def _flush(active, role, is_target, best, run, last, excluded, births, now, block, ages, k, e, prior_b, n):  # type: ignore[no-untyped-def]
     """End of a block for the hosts `active` in `role`: count it, and the exceedances in `best`, which is emptied."""
     analytics, groups = k.shape
     for host in active:
@@ -60,16 +72,22 @@ def _flush(active, role, is_target, best, run, last, excluded, births, now, bloc
                 at = a * groups + g
                 excess = best[host, at] - THRESHOLD
                 best[host, at] = 0.0
-                before = 0.0 if fresh else run[host, at]
-                run[host, at] = max(0.0, excess)
-                if excess <= 0.0 or excluded[host, a]:
-                    continue
-                excess = min(excess, WINSOR * (prior_b[a, g] + e[a, g]) / (A0 + k[a, g]))
-                if before <= 0.0:
-                    k[a, g] += 1.0
-                if excess > before:
-                    e[a, g] += excess - before
-                run[host, at] = max(before, excess)
+                event = run[host, at]
+                # What goes on is not judged by itself: an event counts when it is over, except that of a new host or a
+                # target, of whom many are never seen again. One that was named does not count at all.
+                ended = fresh or excess <= 0.0
+                if excluded[host, a] and not fresh:
+                    event = DONE
+                if ended and event > 0.0:
+                    _count(k, e, prior_b, a, g, event)
+                if ended:
+                    event = 0.0
+                if excess > 0.0 and event >= 0.0 and not excluded[host, a]:
+                    event = max(event, excess)
+                    if g == 0 or role == 1:
+                        _count(k, e, prior_b, a, g, event)
+                        event = DONE
+                run[host, at] = event
             excluded[host, a] = False
 
 
@@ -133,7 +151,7 @@ class Calibration:
         """A block has ended: count the `active` hosts by role, and their largest excesses `best` [h, A·4]."""
         for role in (0, 1):
             _flush(active[role], role, IS_TARGET, best, run, last, excluded, births, now, block, ages,
-                   self.k, self.e, self.prior_k, self.prior_b, self.n)  # fmt: skip
+                   self.k, self.e, self.prior_b, self.n)  # fmt: skip
         both = len(np.union1d(*active))
         self.hosts += both
         self.blocks += both > 0

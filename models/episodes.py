@@ -40,6 +40,11 @@ class Offer:
     explain: Callable[[], Explained]
 
 
+def _order(o: Offer) -> tuple[bool, float, str, int]:
+    """Who does comes before to whom it is done, so that a finding names the one who does; then by p."""
+    return TABLE[o.analytic].role == "target", o.p / float(SHARE[o.analytic]), o.host, o.analytic
+
+
 @dataclass
 class Episode:
     """A finding that is open, and when it was last seen, last told and as what; `others` are the hosts that joined."""
@@ -68,7 +73,7 @@ class Episodes:
     def offer(self, now_ns: int, offers: Iterable[Offer], allowed: float) -> list[Finding]:
         """Findings created or updated by alarms `offers` at `now_ns`; `allowed` is the budget's p of a host."""
         told: list[Finding] = []
-        for o in sorted(offers, key=lambda o: (o.p / SHARE[o.analytic], o.host, o.analytic)):
+        for o in sorted(offers, key=_order):
             a = TABLE[o.analytic]
             episode = self._of(o.host, a.family)
             if episode is None:

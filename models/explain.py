@@ -25,7 +25,7 @@ FEW_TAUS = 3.0
 """What is older than this many time constants has faded to a twentieth."""
 
 META = 7
-"""Columns of the log: source slot, target slot, service, first ns, last ns, flows, arrival in ns since the origin, or -1."""
+"""Columns of the log: source slot, target slot, service, first ns, last ns, flows, ns after the origin (-1: unused)."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""Alarms over a stream: what is raised, what is not, how findings live, and that all of it can be done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from flowsage.collector.errors import ConfigurationError
+from flowsage.models import analytics as an
+from flowsage.models.alarms import AlarmConfig, Alarms
+from flowsage.models.episodes import SHARED_BY, Episodes, Offer
+from flowsage.models.explain import Explained, Finding
+from tests.models.alarm_streams import LAB, MISBEHAVIOURS, START, Row, S, Watch, office
+
+BEGIN = 126.0
+"""Seconds of calibration before a misbehaviour: two minutes of the lab."""
+
+LOUD = dataclasses.replace(LAB, budget=100.0)
+
+
+def created(findings: list[Finding]) -> list[Finding]:
+    return [f for f in findings if f.activity == "create"]
+
+
+def scene(name: str, seed: int = 0) -> tuple[list[Row], str]:
+    make, host = MISBEHAVIOURS[name]
+    return office(BEGIN + 80, seed) + make(BEGIN, np.random.default_rng(seed)), host
+
+
+@pytest.mark.parametrize(
+    ("name", "within", "families"),
+    [
+        ("port scan", 3, {"scan", "novelty"}),
+        ("host scan", 6, {"scan"}),
+        ("slow scan", 41, {"scan", "lateral", "joint"}),
+        ("worm", 20, {"scan", "lateral", "joint"}),
+        ("guessing", 30, {"credential", "volume"}),
+        ("beacon", 60, {"beacon"}),
+        ("exfiltration", 3, {"exfiltration"}),
+    ],
+)
+def test_each_misbehaviour_is_raised_in_time_and_names_its_host(name, within, families):
+    rows, host = scene(name, seed=1)
+    hits = [f for f in created(Watch(LOUD).run(rows, BEGIN + 72)) if f.host == host]
+    assert hits, f"{name} was not raised"
+    assert hits[0].family in families
+    assert 0 <= (hits[0].alarm_ns - START) / S - BEGIN <= within
+
+
+def test_ten_minutes_without_misbehaviour_raise_at_most_one_host():
+    for seed in (0, 1, 2):
+        hosts = {f.host for f in created(Watch(LOUD).run(office(720, seed), 720))}
+        assert len(hosts) <= 1, (seed, hosts)
+
+
+def test_nothing_is_raised_before_the_calibration_carries_it():
+    rows, _ = scene("port scan")
+    watch = Watch(dataclasses.replace(LOUD, ready_blocks=1000))
+    assert watch.run(rows, BEGIN + 20) == []
+    assert not watch.alarms.readiness().ready
+    assert "of 1000 blocks" in watch.alarms.readiness().reason
+
+
+def test_a_smaller_budget_raises_no_more():
+    rows = office(300, 5) + [
+        r for name in MISBEHAVIOURS for r in MISBEHAVIOURS[name][0](BEGIN, np.random.default_rng(2))
+    ]
+    counts = [
+        len(created(Watch(dataclasses.replace(LAB, budget=b)).run(rows, 300))) for b in (1.0, 10.0, 100.0, 1000.0)
+    ]
+    assert counts == sorted(counts)
+    assert counts[0] >= 1
+
+
+def test_two_runs_say_the_same():
+    rows, _ = scene("worm")
+    assert Watch(LOUD).run(rows, BEGIN + 30) == Watch(LOUD).run(rows, BEGIN + 30)
+
+
+def test_a_saved_watch_goes_on_bit_for_bit():
+    rows, _ = scene("worm")
+    whole = Watch(LOUD)
+    expected = whole.run(rows, BEGIN + 41)
+    first = Watch(LOUD)
+    said = first.run(rows, BEGIN + 5)  # in the middle of the worm
+    arrays, values = first.alarms.state()
+    second = Watch(LOUD)
+    second.history = first.history
+    second.alarms = Alarms.restore(LOUD, arrays, json.loads(json.dumps(values)))
+    after = (int((START + (BEGIN + 5) * S) // (6 * S)) + 1) * 6 - START // S
+    said += second.run(rows, BEGIN + 41, after=after)
+    assert [dataclasses.asdict(f) for f in said] == [dataclasses.asdict(f) for f in expected]
+    for name, array in whole.alarms.state()[0].items():
+        assert np.array_equal(array, second.alarms.state()[0][name], equal_nan=array.dtype.kind == "f"), name
+
+
+def test_a_finding_is_created_updated_and_closed_under_one_uid():
+    make, host = MISBEHAVIOURS["worm"]
+    rows = office(300, 1) + make(BEGIN, np.random.default_rng(1))
+    mine = [f for f in Watch(LOUD).run(rows, 300) if f.host == host]
+    assert [f.activity for f in mine if f.activity != "update"] == ["create", "close"]
+    assert any(f.activity == "update" for f in mine)
+    assert len({f.uid for f in mine}) == 1
+    told = [f.alarm_ns for f in mine]
+    assert mine[-1].end_ns is not None
+    assert mine[-1].end_ns >= told[0] == mine[-1].alarm_ns
+    assert min(f.p_value for f in mine) == mine[-1].p_value
+
+
+def test_memory_is_bounded_and_evidence_outlives_forgetting():
+    config = dataclasses.replace(LOUD, max_keys=30)
+    rows, _ = scene("host scan")
+    watch = Watch(config)
+    watch.run(rows, BEGIN + 40)
+    assert max(watch.alarms.memory.sizes().values()) <= 30 + 254 + 20, "only what one block saw is above"
+    watch.run([(BEGIN + 70.0, "a", "b", 80, 1, 1, 1)], BEGIN + 72, after=BEGIN + 70)
+    assert max(watch.alarms.memory.sizes().values()) <= 60
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ConfigurationError, match="budget"):
+        AlarmConfig(budget=0)
+    with pytest.raises(ConfigurationError, match=r"give networks such as 10\.0\.0\.0/8"):
+        Alarms(AlarmConfig(internal=("ten",)))
+
+
+def offer(host: str, name: str, p: float, peer: str | None = None) -> Offer:
+    why = Explained(f"{host} did {name}", peer, START, 10.0, 1.0)
+    return Offer(host, an.NAMES.index(name), p, lambda: why)
+
+
+MINUTE = 60 * S
+
+
+def test_one_cause_towards_one_peer_at_three_hosts_is_one_finding():
+    episodes = Episodes()
+    told = []
+    for i in range(5):
+        told += episodes.offer(START + i * 6 * MINUTE, [offer(f"h{i}", "exfil", 1e-9, "update.example")], 1e-3)
+    assert len(episodes.open) == 1
+    assert SHARED_BY == 3
+    assert [f.host for f in created(told)] == ["h0", "h1"], "the third is told as an update of the first"
+    assert [f.host for f in told if f.activity == "close"] == ["h1"], "which takes in the second"
+    assert [f.hosts for f in told if f.activity == "update"][-1] == ("h0", "h1", "h2", "h3", "h4")
+    assert len({f.uid for f in told if f.activity == "update"}) == 1
+
+
+def test_three_hosts_in_one_pane_with_different_causes_are_three_findings():
+    episodes = Episodes()
+    told = episodes.offer(
+        START, [offer("h1", "exfil", 1e-9, "x"), offer("h2", "ports", 1e-9, "x"), offer("h3", "exfil", 1e-9, "y")], 1e-3
+    )
+    assert len(created(told)) == 3
+
+
+def test_causes_of_a_host_join_within_a_quarter_of_an_hour_and_a_family_within_an_hour():
+    episodes = Episodes()
+    told = episodes.offer(START, [offer("h", "sweep", 1e-6)], 1e-3)
+    told += episodes.offer(START + 10 * MINUTE, [offer("h", "exfil", 1e-6, "x")], 1e-3)
+    assert len(episodes.open) == 1
+    assert episodes.open[0].finding.analytics == ("sweep", "exfil")
+    told += episodes.offer(START + 30 * MINUTE, [offer("h", "beacon", 1e-6, "x")], 1e-3)
+    assert len(created(told)) == 2
+    told += episodes.offer(START + 69 * MINUTE, [offer("h", "fan", 1e-6)], 1e-3)
+    assert len(created(told)) == 2, "a scan again, fifty-nine minutes after the finding was last seen"
+    assert episodes.close(START + 69 * MINUTE) == []
+    assert len(episodes.close(START + 200 * MINUTE)) == 2
+    assert len(created(episodes.offer(START + 201 * MINUTE, [offer("h", "fan", 1e-6)], 1e-3))) == 1
+
+
+def test_the_victims_side_joins_the_attackers_finding():
+    episodes = Episodes()
+    told = episodes.offer(START, [offer("attacker", "ports", 1e-9, "victim")], 1e-3)
+    told += episodes.offer(START + MINUTE, [offer("victim", "fail-in", 1e-7, "attacker")], 1e-3)
+    assert len(created(told)) == 1
+    assert episodes.open[0].others == ["victim"]
+
+
+def test_updates_are_throttled_and_need_something_worse():
+    episodes = Episodes()
+    episodes.offer(START, [offer("h", "sweep", 1e-6)], 1e-3)
+    assert episodes.offer(START + MINUTE, [offer("h", "sweep", 1e-12)], 1e-3) == []
+    assert [f.activity for f in episodes.offer(START + 6 * MINUTE, [offer("h", "sweep", 1e-12)], 1e-3)] == ["update"]
+    assert episodes.offer(START + 20 * MINUTE, [offer("h", "sweep", 5e-13)], 1e-3) == []

@@ -1,0 +1,183 @@
+"""Levels and excesses, against sums made by hand; each contact counted once; beats."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from flowsage.graph.build import Contacts, contacts
+from flowsage.graph.flows import from_table, hash_names
+from flowsage.models import analytics as an
+from flowsage.models import beacon, levels
+from flowsage.models.alarms import AlarmConfig, Alarms
+from flowsage.models.history_scores import ContactTerms
+from flowsage.models.inside import Inside
+from tests.models.alarm_streams import EVER, START, S, table
+
+INTERNAL, PEER = "10.0.0.1", "10.0.0.2"
+
+
+def looked(c: Contacts, known: float = 0.0, surprise: float = 0.0) -> ContactTerms:
+    """What a history that knows nothing (or everything) says."""
+    of = np.full(len(c), known)
+    zero = np.zeros(len(c))
+    return ContactTerms(
+        known=of, pair_known=of, service_known=of, source_known=of, D=zero, C_ss=zero + surprise, C_es=zero, dc=zero,
+        llr=zero, beat=zero, sources=zero + 1, regular=zero, pairs=zero, spread=zero, day_one=zero > 0,
+        slot=np.full(len(c), -1, np.int32),
+    )  # fmt: skip
+
+
+def step(alarms: Alarms, second: float, rows: list, known: float = 0.0, surprise: float = 0.0, tail: float = math.nan):
+    c = contacts(from_table(table([(second - 0.5, *r) for r in rows] or [(0.0, "a", "b", 1, 1, 1, 1)])), EVER)
+    return alarms.step(int(START + second * S), c, looked(c, known, surprise), np.full(len(c), tail))
+
+
+def level(alarms: Alarms, name: str, *hosts: str, service: int | None = None) -> float:
+    """LEVEL of one analytic's cell, as of its last touch."""
+    a = an.NAMES.index(name)
+    key = hash_names(pa.array(hosts))
+    store = alarms.memory.hosts
+    if an.KIND[a] != an.HOST:
+        keys = np.empty((3, 1), np.uint64)
+        levels.key_hashes(key[:1], key[-1:], np.array([service or 0], np.int32), keys)
+        store = (alarms.memory.services, alarms.memory.pairs, alarms.memory.contacts)[an.KIND[a] - 1]
+        key = keys[an.KIND[a] - 1]
+    slot = int(store.table.find(key[:1])[0])
+    return float(store.arrays["cells"][slot, an.COLUMN[a], levels.LEVEL])
+
+
+def tcp(port: int) -> int:
+    return (7 << 20) | (port + 1)
+
+
+def test_level_is_a_leaky_sum_with_the_analytics_time_constant():
+    alarms = Alarms()
+    for second in (10, 40, 130):
+        step(alarms, second, [(INTERNAL, PEER, 22, 1, 10, 10)] * 3)
+    assert level(alarms, "burst", INTERNAL, service=tcp(22)) == pytest.approx(
+        3 * (1 + math.exp(-90 / 60) + math.exp(-2))
+    )
+    assert level(alarms, "guess", INTERNAL, PEER) == pytest.approx(
+        3 * (1 + math.exp(-90 / 3600) + math.exp(-120 / 3600))
+    )
+
+
+def test_time_scale_divides_time_constants():
+    alarms = Alarms(AlarmConfig(time_scale=60))
+    for second in (1, 2):
+        step(alarms, second, [(INTERNAL, PEER, 80, 1, 10, 10)])
+    assert level(alarms, "burst", INTERNAL, service=tcp(80)) == pytest.approx(1 + math.exp(-1))
+
+
+def test_a_new_pair_counts_once_though_history_does_not_know_it_yet():
+    alarms = Alarms()
+    for second in range(1, 6):
+        step(alarms, second, [(INTERNAL, PEER, 80, 1, 10, 10), (INTERNAL, PEER, 81, 1, 10, 10)])
+    assert level(alarms, "fan", INTERNAL) == pytest.approx(1.0, rel=0.1)
+    assert level(alarms, "ports", INTERNAL, PEER) == pytest.approx(2.0, rel=0.01)
+    assert level(alarms, "fan-in", PEER) == pytest.approx(1.0, rel=0.01)
+
+
+def test_what_history_knows_is_not_new():
+    alarms = Alarms()
+    step(alarms, 1, [(INTERNAL, PEER, 445, 1, 10, 10)], known=3.0, surprise=9.0)
+    for name in ("fan", "novelty", "lateral"):
+        assert level(alarms, name, INTERNAL) == 0.0
+    assert level(alarms, "flood", PEER) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "adds"),
+    [
+        ((INTERNAL, PEER, 445, 0, 60, 54), "sweep", 1.0),
+        ((INTERNAL, PEER, 445, 1, 60, 54), "sweep", an.ANSWERED),
+        ((INTERNAL, "8.8.8.8", 443, 0, 60, 54), "sweep", an.UNANSWERED),
+        ((INTERNAL, PEER, 445, 1, 60, 54), "lateral", 1.0),
+        ((INTERNAL, "8.8.8.8", 445, 1, 60, 54), "lateral", 0.0),
+        ((INTERNAL, PEER, 445, 0, 60, 54), "fail", 1.0),
+        ((INTERNAL, "8.8.8.8", 443, 1, 50_000, 10_000), "exfil", 4.0),
+        (("8.8.8.8", INTERNAL, 443, 1, 50_000, 10_000), "exfil", 0.0),
+        ((INTERNAL, "8.8.8.8", 443, 1, 10_000, 50_000), "drip", 0.0),
+        ((INTERNAL, PEER, 443, 1, 60, 54), "novelty", 5.0),
+        ((INTERNAL, PEER, 443, 1, 60, 54), "meeting", -math.log(1e-3) - an.SURPRISE),
+    ],
+)
+def test_a_contact_adds_what_the_table_says(row, name, adds):
+    alarms = Alarms()
+    step(alarms, 1, [row], surprise=7.0, tail=1e-3)
+    assert level(alarms, name, row[0], row[1], service=tcp(row[2])) == pytest.approx(adds)
+
+
+def test_every_contact_is_counted_once_whatever_the_panes():
+    rng = np.random.default_rng(1)
+    rows = [
+        (float(t), f"10.0.0.{rng.integers(9)}", f"10.0.1.{rng.integers(9)}", 80, 1, 10, 10)
+        for t in np.sort(rng.uniform(0, 40, 500))
+    ]
+    for pane in (1, 7, 40):
+        alarms = Alarms(AlarmConfig(time_scale=1e-6))  # nothing decays
+        flows = from_table(table(rows))
+        for p in range(0, 40 + pane, pane):
+            c = contacts(flows.take(slice(*np.searchsorted(flows.start_ns, START + np.array([p, p + pane]) * S))), EVER)
+            alarms.step(int(START + (p + pane) * S), c, looked(c), np.full(len(c), math.nan))
+        cells = alarms.memory.hosts.arrays["cells"]
+        assert cells[:, an.COLUMN[an.FLOOD], levels.LEVEL].sum() == pytest.approx(500, rel=1e-6)
+        pairs = len({r[1:3] for r in rows})
+        assert cells[:, an.COLUMN[an.FAN], levels.LEVEL].sum() == pytest.approx(pairs, rel=1e-3)
+
+
+def test_record_follows_one_to_two_spans_later_and_a_new_key_takes_its_hosts():
+    alarms = Alarms()
+    host = lambda: alarms.memory.hosts.arrays["record"][0, an.BURST]  # noqa: E731
+    step(alarms, 10, [(INTERNAL, PEER, 80, 1, 1, 1)] * 50)  # blocks end at 100 s, 1000 s …
+    step(alarms, 200, [(INTERNAL, PEER, 80, 1, 1, 1)])
+    assert host() < 0.01, "the block before is not record yet"
+    step(alarms, 1100, [(INTERNAL, PEER, 80, 1, 1, 1)])
+    assert host() == pytest.approx(math.log1p(50), abs=0.01)
+    step(alarms, 1101, [(INTERNAL, PEER, 81, 1, 1, 1)])
+    row = alarms.memory.services.arrays
+    assert row["cells"][1, an.COLUMN[an.BURST], levels.RECORD] == host()
+
+
+def test_a_clock_is_told_from_chance():
+    rng = np.random.default_rng(3)
+    ratio = {}
+    for kind, gaps in (("clock", 60 + rng.uniform(-6, 6, 20)), ("chance", 20 + rng.exponential(60, 20))):
+        state, tally, out = np.zeros((1, beacon.COLUMNS)), np.zeros((1, 2)), np.zeros(1)
+        for t in np.cumsum(gaps):
+            beacon.beats(np.zeros(1, np.int32), np.zeros(1, np.int32), np.array([t]), np.array([6.0]), np.ones(1),
+                         state, tally, np.array([100.0]), np.zeros(1), 1.0, out)  # fmt: skip
+        ratio[kind] = state[0, beacon.LLR]
+    assert ratio["clock"] > 25
+    assert ratio["chance"] < 8
+
+
+def test_beats_do_not_depend_on_the_scale_of_time():
+    strengths = []
+    for scale in (1.0, 60.0):
+        state, tally, out = np.zeros((1, beacon.COLUMNS)), np.zeros((1, 2)), np.zeros(1)
+        for i in range(20):
+            beacon.beats(np.zeros(1, np.int32), np.zeros(1, np.int32), np.array([i * 240.0 / scale]), np.array([6.0]),
+                         np.ones(1), state, tally, np.array([1.0]), np.zeros(1), scale, out)  # fmt: skip
+        strengths.append(out[0])
+    assert strengths[0] == pytest.approx(strengths[1], rel=1e-9)
+    assert strengths[0] > 1
+
+
+def test_hosts_are_internal_by_network_or_by_being_no_address():
+    names = pa.array(
+        ["10.1.2.3", "172.32.0.1", "192.168.9.9", "8.8.8.8", "fe80::1", "2001:db8::1", "b8:27:eb:15:88:9c", "printer"]
+    )
+    assert Inside(None)(names).tolist() == [True, False, True, False, True, False, True, True]
+    assert Inside(("8.8.0.0/16", "2001:db8::/32"))(names).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]

@@ -1,0 +1,77 @@
+"""Evidence: what a person is told is what raised the level, and without it the level is gone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flowsage.models.explain import amount, duration, port_of, severity
+from tests.models.alarm_streams import CLIENTS, MISBEHAVIOURS, PANE, SSH, START, Row, S, Watch, office
+from tests.models.test_alarms import BEGIN, LOUD, created, scene
+
+
+def first(rows: list[Row], host: str, until: float = BEGIN + 72):  # type: ignore[no-untyped-def]
+    return next((f for f in created(Watch(LOUD).run(rows, until)) if f.host == host), None)
+
+
+@pytest.mark.parametrize("name", ["host scan", "guessing", "exfiltration", "beacon", "worm"])
+def test_without_its_evidence_the_finding_is_gone_or_weaker(name):
+    rows, host = scene(name, seed=1)
+    finding = first(rows, host)
+    shown = {(e.src, e.dst, e.dst_port) for e in finding.evidence}
+    kept = [r for r in rows if not (r[0] >= BEGIN and (r[1], r[2], r[3]) in shown)]
+    assert len(kept) < len(rows)
+    again = first(kept, host, (finding.alarm_ns - START) / S)
+    assert again is None or (again.p_value > finding.p_value and again.alarm_ns >= finding.alarm_ns)
+
+
+def test_evidence_adds_up_to_what_was_observed():
+    rows, host = scene("guessing", seed=1)
+    finding = first(rows, host)
+    assert finding.analytic == "guess"
+    assert sum(e.observed for e in finding.evidence) == pytest.approx(finding.observed, rel=1e-5)
+    evidence = finding.evidence[0]
+    assert (evidence.src, evidence.dst, evidence.dst_port, evidence.proto) == (host, SSH, 22, 6)
+    assert evidence.flows == sum(1 for r in rows if r[1] == host and r[3] == 22 and START + r[0] * S < finding.alarm_ns)
+    assert finding.peer == SSH
+    assert finding.technique == "T1110"
+
+
+def test_times_are_those_of_the_flows():
+    rows, host = scene("host scan", seed=1)
+    finding = first(rows, host)
+    at = [START + int(r[0] * S) for r in MISBEHAVIOURS["host scan"][0](BEGIN, np.random.default_rng(1))]
+    assert finding.alarm_ns % PANE == START % PANE
+    assert min(e.first_ns for e in finding.evidence) >= finding.start_ns
+    assert all(any(e.first_ns == t for t in at) for e in finding.evidence if e.first_ns >= at[0])
+
+
+def test_a_sentence_has_numbers_in_real_units_beside_what_was_expected():
+    rows, host = scene("exfiltration", seed=1)
+    finding = first(rows, host)
+    assert finding.sentence.startswith(f"{host} sent 198.51.100.77 ")
+    assert "MB more than it received in " in finding.sentence
+    assert "; expected at most " in finding.sentence or finding.sentence.endswith("nothing like it before")
+    rows, host = scene("beacon", seed=1)
+    assert "198.51.100.9 on tcp/8443 like a clock, every 3.0 s ± " in first(rows, host).sentence
+
+
+def test_a_scan_names_its_service_when_there_is_one():
+    rows, host = scene("host scan", seed=1)
+    assert "on tcp/443" in first(rows, host).sentence
+
+
+def test_numbers_are_written_for_people():
+    assert [amount(v, "flows") for v in (412.3, 9.25, 9.0, 12_345)] == ["412", "9.2", "9", "12,345"]
+    assert [amount(v, "bytes") for v in (0.0, 999, 2.5e9)] == ["0 B", "999 B", "2.5 GB"]
+    assert [duration(v) for v in (0.25, 59.0, 3599, 7200, 200_000)] == ["0.2 s", "59 s", "60 min", "2 h", "2 d"]
+    assert port_of((7 << 20) | 446) == 445
+    assert port_of((7 << 20) | 200_001) is None
+
+
+def test_severity_rises_as_p_falls_below_the_budget():
+    assert [severity(p, 1e-3) for p in (1e-3, 1e-5, 1e-7, 1e-30)] == [2, 3, 4, 5]
+
+
+def test_quiet_hosts_have_nothing_to_explain():
+    assert first(office(200, 4), CLIENTS[0], 200) is None
