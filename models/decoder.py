@@ -16,6 +16,9 @@ from flowsage.models.sage import seed_parameters
 TOWER: Final = 32
 SERVICE: Final = 16
 _CODES: Final = 512
+EXPECTED: Final = 0.4
+"""Coefficient that the overlaps of second neighbours begin with: those who share peers meet, on most networks."""
+
 GAIN: Final = 8.0
 """Overlaps are cosines, most of them small: a coefficient has to become large, and Adam's steps are of one size."""
 
@@ -52,6 +55,8 @@ class Decoder(nn.Module):
             for last in (self.target[2], self.stranger, self.overlap):
                 if isinstance(last, nn.Linear):
                     last.weight.zero_()
+            if self.overlap is not None:
+                self.overlap.bias[:2] = EXPECTED
 
     def sources(self, embedding: Tensor, sketch: Tensor | None, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Source side f32[n, depth] of n (source, service), and f32[n], f of a host never seen before."""

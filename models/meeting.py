@@ -51,11 +51,13 @@ class MeetingConfig:
     rate: float = 3e-3
     step_windows: int = 3
     step_meetings: int = 8
-    """A training step is due after so many windows and so many new meetings."""
+    """A training step is due after so many new meetings, and with more than `exact_hosts` after so many windows."""
     exact_hosts: int = 2_500
     """Up to so many hosts all are candidates; beyond, a sample."""
     drawn: int = 1_024
     """Candidates of a training step where not all are."""
+    refreshed: int = 8_192
+    """Hosts that are embedded anew at the end of a window, where there are more than `exact_hosts`."""
     comparisons: int = 1_500_000
     per_source: int = 32
     """Bounds on what is asked: comparisons with candidates a window, (source, service) a source."""
@@ -113,7 +115,7 @@ class MeetingPrior:
         """First meetings that the bounds on work left unasked, so far."""
         self.loss = float("nan")
         """Of the last training step, nats."""
-        self._windows_since = self._meetings_since = 0
+        self._windows_since = self._meetings_since = self._turn = 0
         self._view: View | None = None
         self._asked: tuple[Contacts, Bool, Answers] | None = None
 
@@ -161,18 +163,25 @@ class MeetingPrior:
         )
         if len(meetings):
             self.learnt += float(self.memory.remember(meetings, gate, window, c.replayed_window).sum())
-        self.memory.forget()
+        moved = self.memory.forget()
+        if moved is not None and self._view is not None:
+            self._view.compact(moved)
         self.windows += 1
         self._windows_since += 1
         self._meetings_since += len(meetings)
-        self._view = None
-        if c.graph and self._windows_since >= c.step_windows and self._meetings_since >= c.step_meetings:
+        small = len(self.memory.hosts) <= c.exact_hosts
+        if small:
+            self._view = None
+        wait = 1 if small else c.step_windows
+        if c.graph and self._windows_since >= wait and self._meetings_since >= c.step_meetings:
             self._train()
+        if not small:
+            self._refresh(np.concatenate([meetings.source, meetings.target]) if moved is None else None)
 
     def embeddings(self, hosts: UInt64) -> Float32:
         """Embeddings f32[n, d] of host hashes u64[n], from what is remembered of them; NaN for hosts never seen."""
         slots = self.memory.hosts.find(hosts)
-        found: Float32 = self._current().embedding[torch.from_numpy(slots.astype(np.int64))].numpy()
+        found: Float32 = self._current().embedding[torch.from_numpy(slots.astype(np.int64) + 1)].numpy()
         found[slots < 0] = np.nan
         return found
 
@@ -214,8 +223,24 @@ class MeetingPrior:
 
     def _current(self) -> View:
         if self._view is None:
-            self._view = self.network.view(self.memory)
+            self._view = View(self.network, self.memory)
         return self._view
+
+    def _refresh(self, met: Int32 | None) -> None:
+        """In a large network: embed anew those who met (slots) and then some of the others, in turn.
+
+        Only here, at the end of a window, so that answers do not depend on who asked for what in between.
+        """
+        if self._view is None:
+            self._view = View(self.network, self.memory)
+            return
+        hosts, most = len(self.memory.hosts), self.config.refreshed
+        rows = np.empty(0, np.int32) if met is None else np.unique(met)
+        if len(rows) > most // 2:
+            rows = np.random.default_rng([self.config.seed, self.windows]).choice(rows, most // 2, replace=False)
+        others = (self._turn + np.arange(most - len(rows))) % hosts
+        self._turn = int(others[-1]) + 1
+        self._view.refresh(np.unique(np.concatenate([rows, others])).astype(np.int32))
 
     def _ask(self, met: Answers) -> Candidates:
         c = self.config
@@ -247,7 +272,7 @@ class MeetingPrior:
         c, memory = self.config, self.memory
         chance = np.random.default_rng([c.seed, self.windows])
         at = memory.replay.draw(c.batch, self._meetings_since, chance)
-        if len(at) < 8:
+        if len(at) < 4:
             return
         self._windows_since = self._meetings_since = 0
         batch = memory.batch(at)
@@ -255,8 +280,9 @@ class MeetingPrior:
             hosts = np.arange(len(memory.hosts), dtype=np.int32)
             self.loss = self.network.step(memory, batch, hosts, np.zeros(len(hosts), np.float32), None)
         else:
-            self.loss = self.network.step(memory, batch, *self._candidates(batch), self._current())
-        self._view = None
+            view = self._current()
+            view.grow()
+            self.loss = self.network.step(memory, batch, *self._candidates(batch), view)
 
     def _candidates(self, batch: Batch) -> tuple[Int32, Float32]:
         """A sample of hosts in proportion to the batch's own q, and the correction ln 1/(expected number) of each."""
@@ -268,15 +294,22 @@ class MeetingPrior:
         return drawn, -np.log(self.config.drawn * chance[drawn]).astype(np.float32)
 
     def state(self) -> dict[str, Array]:
-        """Everything that it has learnt, as arrays (for a snapshot in safetensors)."""
-        sums = [self.windows, self.learnt, self.advantage, self.unasked, self._windows_since, self._meetings_since]
+        """Everything that it has learnt, as arrays (for a snapshot in safetensors).
+
+        Embeddings are not kept in it: both he who saves and he who restores embed everybody anew, and so go on alike.
+        """
+        self._view = self._asked = None
+        sums = [self.windows, self.learnt, self.advantage, self.unasked]
+        sums += [self._windows_since, self._meetings_since, self._turn]
         return {"prior": np.array([*sums, self.loss])} | self.memory.state() | self.network.state()
 
     def restore(self, state: dict[str, Array]) -> None:
         """What `state` gave, for the same configuration; afterwards it goes on as if nothing had happened."""
-        windows, self.learnt, self.advantage, unasked, since, meetings, self.loss = (float(x) for x in state["prior"])
+        windows, self.learnt, self.advantage, unasked, since, meetings, turn, self.loss = (
+            float(x) for x in state["prior"]
+        )
         self.windows, self.unasked = int(windows), int(unasked)
-        self._windows_since, self._meetings_since = int(since), int(meetings)
+        self._windows_since, self._meetings_since, self._turn = int(since), int(meetings), int(turn)
         self.memory.restore(state)
         self.network.restore(state)
         self._view = self._asked = None

@@ -71,6 +71,11 @@ class Graph:
     sketched: tuple[Csr, Csr]
 
 
+def _over(count: int, most: int) -> bool:
+    """Time to evict? An eighth may gather first: to forget a few costs as much as to forget many."""
+    return count > most + most // 8
+
+
 class MeetingMemory:
     """Bounded by the number of hosts; a host slot means the same in every part."""
 
@@ -107,17 +112,22 @@ class MeetingMemory:
         self.replay.push(pair[keep], (met.source[keep], met.target[keep], service[keep]), values[keep], met.fresh[keep])
         return weight
 
-    def forget(self) -> None:
-        """Keep within bounds: what was longest unseen leaves."""
-        moved = self.hosts.evict(self.max_hosts)
+    def forget(self) -> Int32 | None:
+        """Keep within bounds: what was longest unseen leaves. Returns where host slots moved, None if none did."""
+        pairs = 4 * self.max_hosts
+        moved = self.hosts.evict(self.max_hosts) if _over(len(self.hosts), self.max_hosts) else None
         if moved is not None:
             self.neighbours.compact(moved)
             self.popularity.moved(moved)
             self.replay.moved(moved, None)
-        services = self.popularity.evict(self.max_hosts, 4 * self.max_hosts)
-        if services is not None:
-            self.replay.moved(None, services)
-        self.replay.evict(4 * self.max_hosts)
+        p = self.popularity
+        if _over(len(p.services), self.max_hosts) or _over(len(p.offers), pairs):
+            services = p.evict(self.max_hosts, pairs)
+            if services is not None:
+                self.replay.moved(None, services)
+        if _over(len(self.replay.pairs), pairs):
+            self.replay.evict(pairs)
+        return moved
 
     def batch(self, at: Int64) -> Batch:
         """The meetings at these positions of the ring."""

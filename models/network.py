@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -22,16 +21,73 @@ BETAS: Final = (0.9, 0.999)
 LARGEST_GRADIENT: Final = 5.0
 
 
-@dataclass(frozen=True)
 class View:
-    """The memory as the network sees it: h hosts, and in the last row a host that has done nothing.
+    """The memory as the network sees it, in row slot + 1 of each table; row 0 is a host that has done nothing.
 
-    embedding f32[h + 1, d], sketch f32[h + 1, BLOCKS · WIDTH] (None without overlaps), peers f32[h + 1, depth].
+    embedding f32[., d], sketch f32[., BLOCKS · WIDTH] (None without overlaps), peers f32[., depth]. Made whole, and
+    then refreshed in parts: what was not refreshed yet is as of the last time it was (historical embeddings).
     """
 
-    embedding: Tensor
-    sketch: Tensor | None
-    peers: Tensor
+    @torch.no_grad()
+    def __init__(self, network: Network, memory: MeetingMemory) -> None:
+        self._network, self._memory = network, memory
+        self.hosts = hosts = len(memory.hosts)
+        graph = memory.graph(np.arange(hosts, dtype=np.int32), blank=True)
+        self.embedding = network.encoder.encode(graph.x, graph.into, graph.out_of).roll(1, 0)
+        self.sketch: Tensor | None = None
+        if network.decoder.overlaps:
+            own = torch.cat([own_signs(memory, None), torch.zeros(1, signatures.WIDTH)])
+            self.sketch = signatures.sketch(own, torch.arange(hosts + 1), None, *graph.sketched).roll(1, 0)
+        self.peers = network.decoder.targets(self.embedding, self.sketch)
+
+    @torch.no_grad()
+    def refresh(self, rows: Int32) -> None:
+        """Bring host slots `rows` up to date with the memory and the weights, among neighbours as they are kept."""
+        memory, network, hosts = self._memory, self._network, len(self._memory.hosts)
+        self.grow()
+        graph, index = memory.graph(rows), torch.from_numpy(rows.astype(np.int64))
+        known = self.embedding[1 : hosts + 1]
+        embedding, sketch = network.encoder.refresh(graph.x, index, known, graph.into, graph.out_of), None
+        self.embedding[index + 1] = embedding
+        if self.sketch is not None:
+            known = self.sketch[1 : hosts + 1]
+            sketch = signatures.sketch(own_signs(memory, known), index, known, *graph.sketched)
+            self.sketch[index + 1] = sketch
+        self.peers[index + 1] = network.decoder.targets(embedding, sketch)
+
+    def compact(self, remap: Int32) -> None:
+        """Host slots have moved."""
+        kept = torch.from_numpy(np.concatenate([[0], np.flatnonzero(remap[: self.hosts] >= 0) + 1]))
+        self.embedding, self.peers = self.embedding[kept], self.peers[kept]
+        self.sketch = None if self.sketch is None else self.sketch[kept]
+        self.hosts = len(kept) - 1
+
+    def grow(self) -> None:
+        """Rows for new hosts, as if they had done nothing yet."""
+        hosts = len(self._memory.hosts)
+        more = hosts + 1 - len(self.embedding)
+        if more > 0:
+            room = max(more, len(self.embedding) // 4)
+
+            def longer(table: Tensor) -> Tensor:
+                return torch.cat([table, table[:1].expand(room, -1)])
+
+            self.embedding, self.peers = longer(self.embedding), longer(self.peers)
+            self.sketch = None if self.sketch is None else longer(self.sketch)
+        for table in (self.embedding, self.peers, self.sketch):
+            if table is not None:
+                table[self.hosts + 1 : hosts + 1] = table[0]
+        if self.sketch is not None and hosts > self.hosts:
+            fresh = self._memory.hosts.columns["hash"][self.hosts : hosts]
+            self.sketch[self.hosts + 1 : hosts + 1, : signatures.WIDTH] = signatures.signs(fresh)
+        self.hosts = hosts
+
+
+def own_signs(memory: MeetingMemory, known: Tensor | None) -> Tensor:
+    """Signatures f32[hosts, WIDTH] of all hosts; from their sketches where those are kept."""
+    if known is not None:
+        return known[:, : signatures.WIDTH].contiguous()
+    return signatures.signs(memory.hosts.columns["hash"][: len(memory.hosts)])
 
 
 class Network(torch.nn.Module):
@@ -45,26 +101,10 @@ class Network(torch.nn.Module):
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters()]
 
     @torch.no_grad()
-    def view(self, memory: MeetingMemory) -> View:
-        """Embed every host that the memory holds, on the fast path."""
-        hosts = len(memory.hosts)
-        graph = memory.graph(np.arange(hosts, dtype=np.int32), blank=True)
-        embedding = self.encoder.encode(graph.x, graph.into, graph.out_of)
-        sketch = None
-        if self.decoder.overlaps:
-            sketch = signatures.sketch(self._signs(memory, blank=True), torch.arange(hosts + 1), None, *graph.sketched)
-        return View(embedding, sketch, self.decoder.targets(embedding, sketch))
-
-    @staticmethod
-    def _signs(memory: MeetingMemory, *, blank: bool) -> Tensor:
-        own = signatures.signs(memory.hosts.columns["hash"][: len(memory.hosts)])
-        return torch.cat([own, torch.zeros(1, own.shape[1])]) if blank else own
-
-    @torch.no_grad()
     def sources(self, view: View, source: Int32, code: Int32) -> tuple[Float32, Float32]:
         """Towers f32[n, depth] of (source slot, service code), -1 being a host never seen, and f of an unseen
         target."""
-        rows = torch.from_numpy(source.astype(np.int64))  # -1 is the blank host's row
+        rows = torch.from_numpy(source.astype(np.int64) + 1)
         sketch = None if view.sketch is None else view.sketch[rows]
         tower, stranger = self.decoder.sources(view.embedding[rows], sketch, service_codes(code))
         return tower.numpy(), stranger.clamp(-STEEPEST, STEEPEST).numpy()
@@ -85,13 +125,13 @@ class Network(torch.nn.Module):
         place[rows] = np.arange(len(rows))
         graph = memory.graph(rows, without=batch)
         index = torch.from_numpy(rows.astype(np.int64))
-        known = None if view is None else view.embedding[:-1]
+        known = None if view is None else view.embedding[1 : hosts + 1]
         embedding = self.encoder.refresh(graph.x, index, known, graph.into, graph.out_of)
         sketch = None
         if self.decoder.overlaps:
             with torch.no_grad():
-                known = None if view is None or view.sketch is None else view.sketch[:-1]
-                sketch = signatures.sketch(self._signs(memory, blank=False), index, known, *graph.sketched)
+                known = None if view is None or view.sketch is None else view.sketch[1 : hosts + 1]
+                sketch = signatures.sketch(own_signs(memory, known), index, known, *graph.sketched)
         peers = self.decoder.targets(embedding, sketch)
         at = torch.from_numpy(place[batch.source])
         tower, stranger = self.decoder.sources(

@@ -17,6 +17,9 @@ from flowsage.models.popularity import keys_of
 DRAWN = 512
 """Draws from all hosts, where not all hosts are candidates."""
 
+_TARGETS, _MEETINGS = 512, 1 << 15
+"""About how many targets of one (source, service) are asked about, and how many meetings of a window."""
+
 _EXAMINED = 1 << 15
 """Most (source, service) of a window among which those to ask are chosen."""
 
@@ -93,7 +96,7 @@ def answer(
     chosen = chosen[np.argsort(service[chosen], kind="stable")]
     rank = np.full(groups, -1, np.int32)
     rank[chosen] = np.arange(len(chosen), dtype=np.int32)
-    asked = np.flatnonzero(rank[group] >= 0)
+    asked = _thin(met, np.flatnonzero(rank[group] >= 0), group)
     asked = asked[np.argsort(rank[group[asked]], kind="stable")]
     begin = np.zeros(len(chosen) + 1, np.int64)
     begin[1:] = np.cumsum(np.bincount(rank[group[asked]], minlength=len(chosen)))
@@ -107,7 +110,7 @@ def answer(
     used = ask(
         source, service[chosen], memory.links(met.source_hash[example[chosen]], code), begin, met.target[asked],
         replay.ring, replay.prev, replay.newest, services["head"], offers["next"], offers["target"], offers["weight"],
-        services["total"], services["fresh"], anywhere, shared, towers, view.peers[:hosts].numpy(), stranger,
+        services["total"], services["fresh"], anywhere, shared, towers, view.peers[1 : hosts + 1].numpy(), stranger,
         popularity.fresh_share, trust, answers, candidate, density, copies,
     )  # fmt: skip
     for column, values in ((TAIL, met.tail), (LOG_GRAPH, met.log_graph), (LOG_POPULAR, met.log_popular)):
@@ -134,6 +137,19 @@ def _choose(met: Answers, example: Int64, service: Int32, totals: Float32, most:
         groups = groups[np.lexsort((tie[groups], turn))[:most]]
     chosen: Int64 = np.sort(groups)
     return chosen
+
+
+def _thin(met: Answers, asked: Int64, group: Int32) -> Int64:
+    """A bounded part of the meetings `asked`, by hash: about `_TARGETS` of a (source, service), `_MEETINGS` of all."""
+    count = np.bincount(group[asked])
+    share = np.minimum(1.0, _TARGETS / np.maximum(count, 1))
+    left = float((count * share).sum())
+    if len(asked) <= min(_TARGETS, left):
+        return asked
+    share *= min(1.0, _MEETINGS / left)
+    chance = keys_of(met.service[asked], met.target_hash[asked]) * 2.0**-64
+    thinned: Int64 = asked[chance < share[group[asked]]]
+    return thinned
 
 
 def draw(chance: Float32, count: int, seed: int) -> Int32:

@@ -7,13 +7,17 @@ through the ring; a link that points to what was overwritten ends it, so nothing
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numba
 import numpy as np
 
 from flowsage.models.columns import Array, Bool, Columns, Float32, Int32, Int64, UInt64, follow
 from flowsage.models.keys import KeyTable
+
+SHARE: Final = 16
+"""At most one in so many meetings is drawn: taking out many at once makes targets look as if nobody ever reached
+them."""
 
 
 @numba.njit(cache=True, nogil=True)
@@ -82,12 +86,12 @@ class Replay:
 
         Training that predicts them from what is left sees each source as it was at that moment, as scoring does;
         leaving out one meeting at a time would teach that everybody knows everything popular already. Sources of the
-        `recent` newest meetings come first, up to a quarter; never more than a quarter of all meetings is drawn.
+        `recent` newest meetings come first, up to a quarter of them; never more than one in `SHARE` of all is drawn.
         """
         held = len(self)
         order = (np.arange(self.newest - held + 1, self.newest + 1)) % len(self.ring)
         order = order[(self.ring[order] >= 0).all(1)]
-        count = min(count, len(order) // 4)
+        count = min(count, len(order) // SHARE)
         if not count:
             return np.empty(0, np.int64)
         source = self.ring[order, 0]

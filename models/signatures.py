@@ -28,6 +28,9 @@ from flowsage.models.sage import Csr, neighbour_mean
 WIDTH: Final = 32
 """Signs in a signature; an estimate of a cosine has standard error 1/sqrt(WIDTH)."""
 
+ENOUGH: Final = 0.5
+"""Sum of neighbours' weights at which their direction is believed by half."""
+
 BLOCKS: Final = 5
 """Blocks of `sketch`: own, servers, clients, servers of clients, clients of servers."""
 
@@ -54,20 +57,23 @@ def signs(hashes: UInt64) -> Tensor:
 
 
 def sketch(own: Tensor, rows: Tensor, known: Tensor | None, into: Csr, out_of: Csr) -> Tensor:
-    """Sketches f32[r, BLOCKS · WIDTH] of `rows` i64[r]; each block has unit length, or is 0 where there is nobody.
+    """Sketches f32[r, BLOCKS · WIDTH] of `rows` i64[r]; no block is longer than 1.
 
     own f32[n, WIDTH]: signatures of all; known f32[n, BLOCKS · WIDTH]: sketches that the others keep meanwhile (None:
     rows are all there is); into, out_of: neighbours of the rows.
     """
-    servers, clients = _unit(neighbour_mean(own, out_of)), _unit(neighbour_mean(own, into))
+    servers, clients = _sure(own, out_of), _sure(own, into)
     tables = []
     for block, fresh in ((1, servers), (2, clients)):
         table = fresh if known is None else known[:, block * WIDTH : (block + 1) * WIDTH].index_copy(0, rows, fresh)
         tables.append(table.contiguous())
-    second = _unit(neighbour_mean(tables[0], into)), _unit(neighbour_mean(tables[1], out_of))
+    second = neighbour_mean(tables[0], into), neighbour_mean(tables[1], out_of)
     return torch.cat([own if known is None else own[rows], servers, clients, *second], 1)
 
 
-def _unit(x: Tensor) -> Tensor:
-    unit: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    return unit
+def _sure(own: Tensor, csr: Csr) -> Tensor:
+    """Direction of the neighbours' mean, the longer the more there are and the less they are everybody's."""
+    mean = neighbour_mean(own, csr)
+    weight = csr.scale.clamp(min=1e-6).reciprocal() * (csr.scale > 0)
+    sure: Tensor = mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-6) * (weight / (weight + ENOUGH))
+    return sure
