@@ -172,6 +172,7 @@ class Level:
             np.empty(len(run.windows) + 1, np.int64),
         )
         done = window = total = 0
+        before = len(self.table)
         while True:
             done, window, total, count = _assign(
                 self.level, self.table.entries, run, rows, done, window, total, len(self.table)
@@ -179,7 +180,9 @@ class Level:
             self.table.inserted(count)
             if done == v:
                 break
-            self.table.grow()
+            # If as many contacts are new as so far; in small steps every key would move again and again.
+            expected = count + int((v - done) * (count - before) / max(done, 1))
+            self.table.grow(min(expected, 4 * count))
         self._reserve(len(self.table))
         return rows
 

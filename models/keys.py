@@ -82,7 +82,9 @@ def _find(entries: Int64, keys: Int64, slots: Int32) -> None:
 @numba.njit(cache=True, nogil=True)
 def _place(source: Int64, target: Int64) -> None:
     """Every occupied entry of `source` into `target`, which has room."""
-    for i in range(source.shape[0]):
+    n, mask = source.shape[0], target.shape[0] - 1
+    for i in range(n):
+        prefetch(target, source[min(i + AHEAD, n - 1), KEY] & mask)
         if source[i, SLOT] != 0:
             at = position(target, source[i, KEY])
             for j in range(4):
@@ -149,9 +151,9 @@ class KeyTable:
         """A kernel outside has put keys into `entries`, which holds `count` now."""
         self._count = count
 
-    def grow(self) -> None:
-        """Twice the room. Slots stay."""
-        self._rebuild(self.entries, 2 * self.entries.shape[0])
+    def grow(self, expected: int = 0) -> None:
+        """Twice the room, or room for `expected` keys if that is more. Slots stay."""
+        self._rebuild(self.entries, max(2 * self.entries.shape[0], _power_of_two(expected)))
 
     def evict(self, max_keys: int) -> Int32 | None:
         """Forget the keys longest unseen (of equals the oldest) beyond `max_keys`.
