@@ -131,8 +131,8 @@ COLUMN = np.array([sum(b.kind == a.kind for b in TABLE[:i]) for i, a in enumerat
 """Position of an analytic among those of its kind."""
 SHARE = np.array([{"beacon": 0.25, "sweep": 0.15}.get(a.name, 0.075) for a in TABLE])
 """Share of an analytic in the budget: p of a host is the smallest p / share (weighted Bonferroni, Genovese 2006, with
-ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a minute,
-so a beat and a slow scan need larger shares, and the others hardly miss them."""
+ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
+minute, so a beat and a slow scan need larger shares, and the others hardly miss them."""
 LEARNS = np.array([a.learns for a in TABLE])
 LEAST = np.array([a.least if a.tau == 0 else np.log1p(a.least / a.scale) for a in TABLE])
 """x below which nothing is raised."""

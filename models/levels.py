@@ -5,7 +5,7 @@ A key (a host, a (source, service), a pair, a contact) has one *cell* for each a
     LEVEL    leaky sum, as of AT
     AT       s since the origin at which the cell was last touched; below 0: never
     RECORD   largest x of earlier spans, plus fade · time (so that fading needs no visit)
-    LAST     largest x of this span                BEFORE   largest x of the span before
+    LAST     largest level of this span            BEFORE   largest level of the span before
     HELD     until when the record is frozen, because the key was named in an alarm
 
 A span is max(block, τ); what was reached in one becomes record two spans later, so an attack's own ramp does not become
@@ -65,13 +65,13 @@ def _touch(cells, row, now, tau, span, fade, host_record, host, a):  # type: ign
     if cells[row, HELD] < now:
         then, this = np.floor(at / span), np.floor(now / span)
         if this > then:
-            record = max(cells[row, RECORD], cells[row, BEFORE] + fade * at)
-            edge = np.log1p(level * np.exp(-((then + 1.0) * span - at) / tau)) if tau > 0.0 else 0.0
+            record = max(cells[row, RECORD], np.log1p(cells[row, BEFORE]) + fade * at)
+            edge = level * np.exp(-((then + 1.0) * span - at) / tau) if tau > 0.0 else 0.0
             if this == then + 1.0:
                 cells[row, BEFORE] = cells[row, LAST]
                 cells[row, LAST] = edge
             else:
-                record = max(record, cells[row, LAST] + fade * at)
+                record = max(record, np.log1p(cells[row, LAST]) + fade * at)
                 cells[row, BEFORE] = edge
                 cells[row, LAST] = 0.0
             cells[row, RECORD] = record
@@ -96,7 +96,8 @@ def raise_levels(  # type: ignore[no-untyped-def]
     Returns (touched, active sources, active targets).
     """
     out = np.zeros(len(kind))
-    both = np.zeros(2, np.bool_)
+    both, fresh = np.zeros(2, np.bool_), np.zeros(3, np.bool_)
+    half, routine_from = len(log_meta) // 2, len(service) - len(log_meta) // 2
     m, actives = 0, np.zeros(2, np.int64)
     for i in range(len(service)):
         source, target = slots[0, i], slots[1, i]
@@ -109,8 +110,8 @@ def raise_levels(  # type: ignore[no-untyped-def]
                 active_block[host, role] = block
                 active[role, actives[role]] = host
                 actives[role] += 1
-        fresh = np.zeros(3, np.bool_)
         for j in range(3):
+            fresh[j] = False
             births = born[j]
             slot = slots[4 - j, i]
             if births[slot] < 0.0:
@@ -137,7 +138,9 @@ def raise_levels(  # type: ignore[no-untyped-def]
             cells[row, LEVEL] += out[a]
         # What is new or failed is remembered apart from routine, so that routine does not push it out.
         which = 0 if fresh[0] or fresh[2] or counts[2, i] > 0 else 1
-        at = which * (len(log_meta) // 2) + log_at[which] % (len(log_meta) // 2)
+        if which == 1 and i < routine_from:
+            continue  # it would be overwritten in this very pane
+        at = which * half + log_at[which] % half
         log_at[which] += 1
         log_meta[at, 0], log_meta[at, 1], log_meta[at, 2] = source, target, service[i]
         log_meta[at, 3], log_meta[at, 4], log_meta[at, 5] = times[0, i], times[1, i], counts[0, i]
@@ -159,32 +162,38 @@ def judge(  # type: ignore[no-untyped-def]
     Joint is judged last, of every source whose causes of this block have grown.
     """
     count, total = 0, m
+    nothing = np.expm1(THRESHOLD)  # a level that is no excess over any record
     i = 0
     while i < total:
         a, row, contact = touched[i, 0], touched[i, 1], touched[i, 2]
         i += 1
         host = slots[1, contact] if is_target[a] else slots[0, contact]
         what = kind[a]
-        slot = row // width[what]
         if what == 0:
-            cells, key_born = hosts, host_born[host]
+            cells = hosts
         elif what == 1:
-            cells, key_born = services, born[2][slot]
+            cells = services
         elif what == 2:
-            cells, key_born = pairs, born[1][slot]
+            cells = pairs
         else:
-            cells, key_born = contacts, born[0][slot]
+            cells = contacts
         if a == joint:
             x, causes = 0.0, 0
             for f in range(family_best.shape[1]):
                 x += family_best[host, f]
                 causes += family_best[host, f] > 0.0
             x = x if causes >= 2 else 0.0
+            level = np.expm1(x)
         else:
-            x = cells[row, LEVEL] if what == 3 else np.log1p(cells[row, LEVEL])
+            level = cells[row, LEVEL]
+            x = level if what == 3 else -1.0
         held = cells[row, HELD] >= now
         if not held or learns[a]:
-            cells[row, LAST] = max(cells[row, LAST], x)
+            cells[row, LAST] = max(cells[row, LAST], level)
+        if x < 0.0:
+            if level <= nothing:
+                continue
+            x = np.log1p(level)
         record = 0.0 if direct[a] else max(0.0, cells[row, RECORD] - fade * now)
         excess = x - record
         if excess <= THRESHOLD:
@@ -195,7 +204,7 @@ def judge(  # type: ignore[no-untyped-def]
         elif what == 0:
             group = 2 if age < day else 3
         else:
-            age = now - key_born
+            age = now - born[3 - what][row // width[what]]
             group = 1 if age < hour else (2 if age < day else 3)
         p = tail(excess, rate[a, group], shape[a, group], scale[a, group])
         alarm = excess >= LEAST_EXCESS and x >= least[a] and p <= allowed * share[a]
