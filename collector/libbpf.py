@@ -142,7 +142,7 @@ def failure(code: int, what: str) -> ProgramError | PrivilegeError:
     words = [line.strip() for line in "".join(_words()).splitlines()]
     words = [line.removeprefix("libbpf: ") for line in words if line and "LOG --" not in line]
     _words().clear()
-    if code in {errno.EPERM, errno.EACCES} and not _may_load():
+    if code == errno.EPERM or (code == errno.EACCES and not _may_load()):  # EACCES may be the verifier
         return PrivilegeError(f"{what}: not permitted; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")
     # The verifier ends with its statistics: what it objects to comes just before.
     told = [line for line in words if not line.startswith(_NOT_TOLD) and "failed to load" not in line]
