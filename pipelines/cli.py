@@ -166,9 +166,9 @@ def collect(**options: Any) -> None:
     settings = settings_from(options)
     if not settings.sensor.interfaces:
         raise UsageError("name an interface to watch: --interface IF")
-    from flowsage.pipelines.sensor import collect as collect_records
+    from flowsage.pipelines.sensor import run_collect
 
-    collect_records(settings, output=options["output"], duration_s=options["duration"])
+    run_collect(settings, output=options["output"], duration_s=options["duration"])
 
 
 @main.command()

@@ -8,11 +8,12 @@ import click
 import pyarrow as pa
 
 from flowsage.collector.agent import Agent
+from flowsage.collector.collect import summary
 from flowsage.collector.records import FLOW_SCHEMA
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.lab import Lab, LabSettings, label_flows, run_lab
 from flowsage.pipelines.outputs import write_parquet
-from flowsage.pipelines.sensor import agent_settings, ledger_line
+from flowsage.pipelines.sensor import agent_settings
 
 
 class Kept:
@@ -57,7 +58,7 @@ def lab_session(
     def leave(lab: Lab) -> None:
         for agent in agents:
             agent.stop()
-            click.echo(ledger_line(agent.join()), err=True)
+            click.echo(summary(agent.join()), err=True)
 
     truths = run_lab(
         LabSettings(seed=settings.model.seed, truth_path=truth),

@@ -34,7 +34,8 @@ class ScoreTable:
             "flow_score": closed.scores.flow_score,
             "beacon_score": closed.scores.beacon_score,
             "first_meeting_tail": closed.tails[closed.contacts.of_flow].astype(np.float32),
-        } | {name: values.astype(np.float32) for name, values in closed.scores.terms.items()}
+        }
+        columns.update((name, values.astype(np.float32)) for name, values in closed.scores.terms.items())
         for name, values in columns.items():
             self._columns.setdefault(name, []).append(values)
 

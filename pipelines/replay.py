@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flowsage.collector.collect import summary
 from flowsage.collector.errors import CaptureError, InputError, UsageError
 from flowsage.collector.feed import CaptureFeed, capture_settings
 from flowsage.collector.ledger import Snapshot
 from flowsage.collector.program import FlowProgram
 from flowsage.collector.records import FLOW_SCHEMA, merge_same_flow
 from flowsage.pipelines.config import Settings
-from flowsage.pipelines.sensor import flow_settings, ledger_line
+from flowsage.pipelines.sensor import flow_settings
 
 CAPTURE_MAGICS = (
     b"\xd4\xc3\xb2\xa1",
@@ -167,7 +168,7 @@ def _replay_capture(source: Path, settings: Settings, outputs: Outputs, *, no_ti
     if ledger is not None:
         if outputs.ledger:
             _write_ledger(outputs.ledger, ledger)
-        click.echo(f"{source}: {ledger_line(ledger)}" + (f"; {run.summary()}" if run else ""), err=True)
+        click.echo(f"{source}: {summary(ledger)}" + (f"; {run.summary()}" if run else ""), err=True)
     if captured.problem is not None:
         raise captured.problem
 

@@ -18,11 +18,12 @@ import click
 import pyarrow as pa
 
 from flowsage.collector.agent import Agent
+from flowsage.collector.collect import stopped_by_signals, summary
 from flowsage.collector.publish import FLOWS_TOPIC, Publisher, deserialise
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.log import LogRecord, MemoryLog
 from flowsage.pipelines.metrics import Metrics, Value
-from flowsage.pipelines.sensor import agent_settings, ledger_line, stop_signals
+from flowsage.pipelines.sensor import agent_settings
 
 if TYPE_CHECKING:
     from flowsage.graph.flows import FlowBatch
@@ -164,7 +165,7 @@ def run_live(
     metrics = Metrics()
     with ExitStack() as stack:
         stopped = threading.Event()
-        stack.enter_context(stop_signals(stopped.set))
+        stack.enter_context(stopped_by_signals(stopped.set))
         if settings.metrics.enabled:
             metrics.serve(settings.metrics.address, settings.metrics.port)
             stack.callback(metrics.close)
@@ -173,7 +174,9 @@ def run_live(
             from flowsage.pipelines.lab import Lab, LabSettings
             from flowsage.pipelines.lab.command import describe
 
-            network = stack.enter_context(Lab(LabSettings(seed=settings.model.seed), on_attack=lambda truth: say(f"lab: {describe(truth)}")))
+            network = stack.enter_context(
+                Lab(LabSettings(seed=settings.model.seed), on_attack=lambda truth: say(f"lab: {describe(truth)}"))
+            )
             interfaces, netns = tuple(network.interfaces), network.netns
             say(f"lab: {len(network.hosts)} hosts in network namespaces, on one bridge; truth in {network.truth_path}")
         log = MemoryLog()
@@ -203,7 +206,7 @@ def run_live(
         agent.stop()
         ledger = agent.join()
         scoring.finish()
-        say(ledger_line(ledger))
+        say(summary(ledger))
 
 
 def scoring_metrics_of(scorer: Scorer, live: LiveScoring | None = None):  # type: ignore[no-untyped-def]
@@ -216,7 +219,7 @@ def scoring_metrics_of(scorer: Scorer, live: LiveScoring | None = None):  # type
 def _progress(agent: Agent, scoring: LiveScoring, stopped: threading.Event, started: float) -> None:
     """A line now and then: what came in, what has been learnt, whether alarms are ready."""
     while not stopped.wait(PROGRESS_S):
-        ledger, scorer = agent.snapshot(), scoring.scorer
+        ledger, scorer = agent.snapshot(walk=False), scoring.scorer
         counts = f"{ledger.seen.packets:,} packets, {scorer.counters.consumed:,} flows"
         learnt = f"{scorer.counters.windows} windows learnt"
         say(f"{time.monotonic() - started:5.0f} s  {counts}, {learnt}; {scorer.standing()}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from flowsage.collector.errors import ConfigurationError
 from flowsage.graph.flows import FlowBatch
-from flowsage.graph.window import WindowBuffer
+from flowsage.graph.window import WindowBuffer, in_order
 from flowsage.models.alarms import AlarmConfig
 from flowsage.models.detector import ClosedWindows, Detector, DetectorConfig
 from flowsage.models.explain import Finding
@@ -84,7 +84,7 @@ class Scorer:
         started = time.perf_counter()
         self.counters.consumed += len(flows)
         self.buffer.add(flows, sensor, watermark_ns)
-        self._publish(self.detector.pane(now_ns, flows))
+        self._publish(self.detector.pane(now_ns, in_order(flows)))
         self.counters.panes += 1
         self.counters.pane_seconds += time.perf_counter() - started
         self._close(self.buffer.close_ready())
