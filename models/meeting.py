@@ -14,12 +14,13 @@ from typing import Final
 import numpy as np
 import torch
 
+from flowsage.graph.addresses import Internal
 from flowsage.graph.build import Contacts
 from flowsage.graph.flows import service_name
 from flowsage.models.columns import Array, Bool, Float32, Float64, Int32, UInt64
 from flowsage.models.memory import Batch, MeetingMemory, Meetings
 from flowsage.models.network import Network, View
-from flowsage.models.profiles import FEATURES, Internal
+from flowsage.models.profiles import FEATURES, Inside
 from flowsage.models.questions import Answers, Candidates, answer, draw, first_meetings
 from flowsage.models.sage import Csr
 
@@ -100,10 +101,10 @@ class MeetingPrior:
     """Stateful, deterministic given its seed and what it is shown window by window. Not safe for two threads at
     once."""
 
-    def __init__(self, config: MeetingConfig | None = None, internal: Internal | None = None) -> None:
+    def __init__(self, config: MeetingConfig | None = None, inside: Inside | None = None) -> None:
         self.config = c = config or MeetingConfig()
         self.memory = MeetingMemory(
-            slots=c.slots, replayed=c.replayed, max_hosts=c.max_hosts, seed=c.seed, internal=internal
+            slots=c.slots, replayed=c.replayed, max_hosts=c.max_hosts, seed=c.seed, inside=inside or Internal()
         )
         self.network = Network(width=c.width, layers=c.layers, overlaps=c.overlaps, rate=c.rate, seed=c.seed)
         self.windows = 0
@@ -130,6 +131,11 @@ class MeetingPrior:
         if c.graph and self.network.steps < c.ready_steps:
             return f"has made {self.network.steps} training steps, needs {c.ready_steps}"
         return None
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether answers are of use yet, be it only to weigh the graph against popularity."""
+        return self.network.steps > 0 or self.waiting is None
 
     @property
     def trust(self) -> float:
@@ -175,7 +181,7 @@ class MeetingPrior:
         wait = 1 if small else c.step_windows
         if c.graph and self._windows_since >= wait and self._meetings_since >= c.step_meetings:
             self._train()
-        if not small:
+        if not small and self._speaks:
             self._refresh(np.concatenate([meetings.source, meetings.target]) if moved is None else None)
 
     def embeddings(self, hosts: UInt64) -> Float32:
@@ -254,7 +260,7 @@ class MeetingPrior:
         if self._asked is not None and self._asked[0] is contacts and self._asked[1] is first:
             return self._asked[2]
         met = first_meetings(self.memory, contacts, first)
-        if len(met.contact) and self.learnt > 0:
+        if len(met.contact) and self._speaks:
             self._ask(met)
         self._asked = (contacts, first, met)
         return met

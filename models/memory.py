@@ -14,7 +14,7 @@ from flowsage.graph.flows import HostTable
 from flowsage.models.columns import Array, Bool, Float32, Int32, Int64, UInt64
 from flowsage.models.neighbours import FROM, TO, NeighbourSlots
 from flowsage.models.popularity import Popularity, keys_of
-from flowsage.models.profiles import FEATURES, HostMemory, Internal, buckets
+from flowsage.models.profiles import FEATURES, HostMemory, Inside, buckets
 from flowsage.models.replay import Replay
 from flowsage.models.sage import Csr
 
@@ -79,8 +79,8 @@ def _over(count: int, most: int) -> bool:
 class MeetingMemory:
     """Bounded by the number of hosts; a host slot means the same in every part."""
 
-    def __init__(self, *, slots: int, replayed: int, max_hosts: int, seed: int, internal: Internal | None) -> None:
-        self.hosts = HostMemory(internal)
+    def __init__(self, *, slots: int, replayed: int, max_hosts: int, seed: int, inside: Inside | None) -> None:
+        self.hosts = HostMemory(inside)
         self.neighbours = NeighbourSlots(slots, seed)
         self.popularity = Popularity()
         self.replay = Replay(replayed)

@@ -17,8 +17,8 @@ from flowsage.graph.flows import HostTable
 from flowsage.models.columns import Array, Bool, Columns, Float32, Int32, UInt64
 from flowsage.models.keys import KeyTable, mix
 
-Internal = Callable[[pa.Array], Bool]
-"""Which of these host names are inside the network: strings [n] -> bool[n]."""
+Inside = Callable[[HostTable], Bool]
+"""Which of these hosts are inside the network: [n] -> bool[n]."""
 
 BUCKETS: Final = 16
 FEATURES: Final = 4 * BUCKETS + 7
@@ -74,9 +74,9 @@ def _see(last, windows, slots, window):  # type: ignore[no-untyped-def]
 class HostMemory:
     """Hosts by the hash of their name: slots, and the profile of each."""
 
-    def __init__(self, internal: Internal | None = None) -> None:
+    def __init__(self, inside: Inside | None = None) -> None:
         self.keys = KeyTable()
-        self._internal = internal
+        self._inside = inside
         self.columns = Columns(
             hash=(np.uint64, (), 0),
             counts=(np.float32, (2, BUCKETS), 0),
@@ -98,11 +98,11 @@ class HostMemory:
             self.columns.ensure(len(self))
             fresh = np.flatnonzero(slots >= before)
             self.columns["hash"][slots[fresh]] = hashes[fresh]
-            if self._internal is not None:
+            if self._inside is not None:
                 _, once = np.unique(slots[fresh], return_index=True)
                 fresh = fresh[once]
-                inside = self._internal(hosts.names.take(pa.array(index[fresh])))
-                self.columns["internal"][slots[fresh]] = inside
+                table = HostTable(hosts.names.take(pa.array(index[fresh])), hashes[fresh])
+                self.columns["internal"][slots[fresh]] = self._inside(table)
         _see(self.columns["last"], self.columns["windows"], slots, window)
         return slots
 

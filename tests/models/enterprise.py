@@ -51,8 +51,8 @@ class Enterprise:
         edges = [0, *(np.flatnonzero(np.diff(self.window)) + 1).tolist(), len(self.window)]
         return [slice(a, b) for a, b in pairwise(edges)]
 
-    def inside(self, names: pa.Array) -> np.ndarray:
-        return np.array([not name.startswith("site") for name in names.to_pylist()], np.bool_)
+    def inside(self, hosts: HostTable) -> np.ndarray:
+        return np.array([not name.startswith("site") for name in hosts.names.to_pylist()], np.bool_)
 
 
 def make_contacts(

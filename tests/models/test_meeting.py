@@ -67,8 +67,8 @@ def average_precision(world: Enterprise, tails: np.ndarray, kind: int) -> float:
 
 def test_the_graph_finds_another_departments_credentials_where_popularity_is_blind() -> None:
     world = enterprise(0, windows=600)
-    popular = average_precision(world, run(MeetingPrior(MeetingConfig(graph=False)), world), CREDENTIALS)
-    graph = average_precision(world, run(MeetingPrior(), world), CREDENTIALS)
+    popular = average_precision(world, run(MeetingPrior(MeetingConfig(graph=False), world.inside), world), CREDENTIALS)
+    graph = average_precision(world, run(MeetingPrior(inside=world.inside), world), CREDENTIALS)
     assert graph > 1.25 * popular, (graph, popular)  # measured: .059 and .035
 
 
@@ -208,7 +208,7 @@ def test_what_is_implausible_is_hardly_learnt() -> None:
 
 def test_training_takes_its_own_meetings_out_of_popularity() -> None:
     hosts = table(*[f"h{i}" for i in range(40)])
-    memory = MeetingMemory(slots=8, replayed=1 << 10, max_hosts=1000, seed=0, internal=None)
+    memory = MeetingMemory(slots=8, replayed=1 << 10, max_hosts=1000, seed=0, inside=None)
     prior = MeetingPrior(MeetingConfig(graph=False))
     prior.memory = memory
     for i in range(30):
