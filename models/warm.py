@@ -21,6 +21,7 @@ from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch, from_table
 from flowsage.models.history import History
 from flowsage.models.keys import KeyTable
+from flowsage.models.meeting import MeetingConfig, MeetingPrior
 
 _MINUTE = 60_000_000_000
 
@@ -74,7 +75,33 @@ def warm_history(flows: FlowBatch, run: Contacts) -> None:
     History.restore(history.state()).lookup(run)
 
 
-STEPS: tuple[Callable[[FlowBatch, Contacts], None], ...] = (warm_keys, warm_history)
+def warm_meeting(flows: FlowBatch, run: Contacts) -> None:
+    """The prior of first meetings, in a small and in a large network, and as it forgets."""
+    pairs = [(s, t) for s in range(12) for t in range(12)]
+    table = pa.table(
+        {
+            "start_ns": np.zeros(len(pairs), np.int64),
+            "src_ip": [f"10.0.0.{s}" for s, _ in pairs],
+            "dst_ip": [f"10.0.1.{t}" for _, t in pairs],
+            "dst_port": np.arange(len(pairs)) // 2,
+        }
+    )
+    met = contacts(from_table(table), _MINUTE)
+    first = np.ones(len(met), np.bool_)
+    for exact, hosts in ((2_500, 1_000), (2, 16)):
+        prior = MeetingPrior(
+            MeetingConfig(
+                exact_hosts=exact, max_hosts=hosts, replayed=256, ready_meetings=1, ready_windows=1, ready_steps=1,
+                step_meetings=1, step_windows=1, refreshed=8,
+            )
+        )  # fmt: skip
+        for _ in range(2):
+            prior.learn(met, first)
+            prior.tail(met, first)
+        prior.evidence(int(met.hosts.hash[0]), int(met.hosts.hash[1]), 0)
+
+
+STEPS: tuple[Callable[[FlowBatch, Contacts], None], ...] = (warm_keys, warm_history, warm_meeting)
 
 
 def main() -> None:
