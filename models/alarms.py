@@ -144,7 +144,7 @@ class Alarms:
         told: list[Finding] = []
         if len(contacts):
             self.contacts_seen += len(contacts)
-            found, values = self._measure(now, contacts, looked, np.asarray(tails, np.float64))
+            found, values = self._measure(now, contacts, looked, np.ascontiguousarray(tails, np.float64))
             if len(found):
                 told = self.episodes.offer(now_ns, self._offers(contacts, found, values), self.allowed)
         return told + self.episodes.close(now_ns)
@@ -186,7 +186,8 @@ class Alarms:
         if len(m.hosts.table) > before:
             self._name(before, slots, c)
         keys = np.empty((3, n), np.uint64)
-        levels.key_hashes(source, target, c.service, keys)
+        service, told = np.ascontiguousarray(c.service), np.ascontiguousarray(c.told)
+        levels.key_hashes(source, target, service, keys)
         for j, store in enumerate((m.services, m.pairs, m.contacts)):
             slots[2 + j] = store.slots(keys[j], self._block)
         h = m.hosts.arrays
@@ -196,8 +197,8 @@ class Alarms:
         active = np.empty((2, n), np.int64)
         known = np.stack((looked.known, looked.pair_known, looked.service_known)) > 0
         raised, sources, targets = levels.raise_levels(  # type: ignore[call-arg]
-            slots, c.service, np.stack((c.flows, c.answered, c.failed)), c.told, c.bytes_fwd - c.bytes_rev, known,
-            np.asarray(looked.C_ss, np.float64), tails, np.stack((c.first_ns, c.last_ns)), *cells, h["born"], born,
+            slots, service, np.stack((c.flows, c.answered, c.failed)), told, c.bytes_fwd - c.bytes_rev, known,
+            np.ascontiguousarray(looked.C_ss, np.float64), tails, np.stack((c.first_ns, c.last_ns)), *cells, h["born"], born,
             h["inside"], h["record"], h["active"], self._tau, self._span, an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET,
             self._fade, now, self._block, self._log_inc, self._log_meta, self._log_at, touched, active,
         )  # fmt: skip
@@ -226,7 +227,7 @@ class Alarms:
         settled = max(GRANDFATHERED / scale, self._ready_at if self._ready_at >= 0 else np.inf)
         beacon.beats(
             slots[4], codes, (c.first_ns - self._origin_ns) / 1e9, np.log1p(c.bytes_fwd / c.flows),
-            np.asarray(looked.sources, np.float64), m.contacts.arrays["beat"], m.codes.arrays["tally"],
+            np.ascontiguousarray(looked.sources, np.float64), m.contacts.arrays["beat"], m.codes.arrays["tally"],
             m.contacts.arrays["born"], np.maximum(settled, m.hosts.arrays["born"][slots[0]] + GRANDFATHERED / scale),
             scale, strength,
         )  # fmt: skip
