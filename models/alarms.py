@@ -198,8 +198,9 @@ class Alarms:
         known = np.stack((looked.known, looked.pair_known, looked.service_known)) > 0
         raised, sources, targets = levels.raise_levels(  # type: ignore[call-arg]
             slots, service, np.stack((c.flows, c.answered, c.failed)), told, c.bytes_fwd - c.bytes_rev, known,
-            np.ascontiguousarray(looked.C_ss, np.float64), tails, np.stack((c.first_ns, c.last_ns)), *cells, h["born"], born,
-            h["inside"], h["record"], h["active"], self._tau, self._span, an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET,
+            np.ascontiguousarray(looked.C_ss, np.float64), tails, np.stack((c.first_ns, c.last_ns)), *cells, h["born"],
+            born, h["inside"], h["record"], h["active"], self._tau, self._span, an.COLUMN, an.KIND, an.WIDTH,
+            an.IS_TARGET,
             self._fade, now, self._block, self._log_inc, self._log_meta, self._log_at, touched, active,
         )  # fmt: skip
         self._active[0].append(active[0, :sources])

@@ -110,7 +110,7 @@ def test_a_finding_is_created_updated_and_closed_under_one_uid():
     assert min(f.p_value for f in mine) == mine[-1].p_value
 
 
-def test_memory_is_bounded_and_evidence_outlives_forgetting():
+def test_memory_is_bounded_at_the_end_of_each_block():
     config = dataclasses.replace(LOUD, max_keys=30)
     rows, _ = scene("host scan")
     watch = Watch(config)
