@@ -58,7 +58,8 @@ class MeetingConfig:
     drawn: int = 1_024
     """Candidates of a training step where not all are."""
     refreshed: int = 8_192
-    """Hosts that are embedded anew at the end of a window, where there are more than `exact_hosts`."""
+    """Hosts embedded anew after a window with first meetings, where there are more than `exact_hosts`: those who met,
+    to half of this number, and a quarter of it in turn."""
     comparisons: int = 1_500_000
     per_source: int = 32
     """Bounds on what is asked: comparisons with candidates a window, (source, service) a source."""
@@ -240,11 +241,14 @@ class MeetingPrior:
         if self._view is None:
             self._view = View(self.network, self.memory)
             return
+        self._view.grow()
+        if met is not None and not len(met):
+            return
         hosts, most = len(self.memory.hosts), self.config.refreshed
         rows = np.empty(0, np.int32) if met is None else np.unique(met)
         if len(rows) > most // 2:
             rows = np.random.default_rng([self.config.seed, self.windows]).choice(rows, most // 2, replace=False)
-        others = (self._turn + np.arange(most - len(rows))) % hosts
+        others = (self._turn + np.arange(min(most - len(rows), max(most // 4, 1)))) % hosts
         self._turn = int(others[-1]) + 1
         self._view.refresh(np.unique(np.concatenate([rows, others])).astype(np.int32))
 

@@ -88,7 +88,7 @@ def warm_meeting(flows: FlowBatch, run: Contacts) -> None:
     )
     met = contacts(from_table(table), _MINUTE)
     first = np.ones(len(met), np.bool_)
-    for exact, hosts in ((2_500, 1_000), (2, 16)):
+    for exact, hosts in ((2_500, 1_000), (2, 1_000), (2, 16)):
         prior = MeetingPrior(
             MeetingConfig(
                 exact_hosts=exact, max_hosts=hosts, replayed=256, ready_meetings=1, ready_windows=1, ready_steps=1,

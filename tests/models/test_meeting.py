@@ -269,7 +269,9 @@ def test_memory_is_bounded_and_forgets_who_was_unseen_for_longest() -> None:
     assert len(prior.memory.replay) == 256
     assert (prior.memory.hosts.find(hosts.hash[980:999]) >= 0).all()
     assert (prior.memory.hosts.find(hosts.hash[:500]) == -1).all()
-    contacts, first = window(hosts, 100, (980, 985, SMB), (5, 999, SMB))
+    known, _ = window(hosts, 100, (3, 4, SMB), (5, 6, SMB))
+    prior.learn(known, np.zeros(2, np.bool_))  # hosts that were forgotten, in meetings that somebody else remembers
+    contacts, first = window(hosts, 101, (980, 985, SMB), (5, 999, SMB), (3, 985, SMB))
     assert np.isfinite(prior.tail(contacts, first)).all()
 
 
