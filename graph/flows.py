@@ -138,7 +138,7 @@ def service_code(proto: Int32, src_port: Int32, dst_port: Int32) -> Int32:
     reverse = known & (dst_port >= EPHEMERAL) & (src_port < EPHEMERAL)
     port[reverse] = src_port[reverse] + 100_000
     port[known & (dst_port >= EPHEMERAL) & (src_port >= EPHEMERAL)] = 200_000
-    code: Int32 = ((proto.astype(np.int32) + 1) << SERVICE_BITS) | (port + 1)
+    code: Int32 = (((proto.astype(np.int64) + 1) << SERVICE_BITS) | (port + 1)).astype(np.int32)
     return code
 
 
@@ -247,7 +247,8 @@ def from_table(table: pa.Table | pa.RecordBatch, *, undirected: bool = False, fi
     start, end = columns.numbers(table, "start_ns", low=None), columns.numbers(table, "end_ns")
     if n and (start.min() < -LATEST_NS or start.max() > LATEST_NS):
         raise SchemaError("column 'start_ns' has times beyond the years 1823 to 2116; it is in nanoseconds since 1970")
-    proto = _ports(table, "proto", 255)
+    # Some sources number what is not IP by its negative EtherType.
+    proto = columns.numbers(table, "proto", low=-0xFFFF, high=255).astype(np.int32)
     src_port, dst_port = _ports(table, "src_port", 65_535), _ports(table, "dst_port", 65_535)
     packets_fwd, packets_rev = columns.numbers(table, "packets_fwd"), columns.numbers(table, "packets_rev")
     bytes_fwd, bytes_rev = columns.numbers(table, "bytes_fwd"), columns.numbers(table, "bytes_rev")
