@@ -6,7 +6,7 @@ enters once, when it arrives; nothing said is taken back; the same steps give th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -270,25 +270,57 @@ class Alarms:
         def why() -> Explained:
             assert self._origin_ns is not None
             m = self.memory
-            source, target = m.hosts.table.find(c.hosts.hash[[c.src[contact], c.dst[contact]]])
-            beat: tuple[float, float, int] | None = None
-            causes: tuple[str, ...] = ()
-            tau = float(self._tau[a])
+            names = m.hosts.arrays["name"]
+            source, target = (int(v) for v in m.hosts.table.find(c.hosts.hash[[c.src[contact], c.dst[contact]]]))
+            key = source, target, int(c.service[contact])
+            log, times = (self._log_meta, self._log_inc), (int(self._now * 1e9), self._origin_ns)
+            if a == an.JOINT:
+                causes = m.hosts.arrays["causes"][source]
+                told = ", ".join(an.FAMILIES[f] for f in np.argsort(-causes, kind="stable") if causes[f] > 0)
+                lead = self._lead(c, contact, source)
+                if lead is None:
+                    tau = float(self._block_ns / 1e9)
+                    found = explain(log, names, a, key, x, record, *times, tau)
+                    return replace(found, sentence=f"{found.sentence}: {told}")
+                found = explain(log, names, lead[0], key, lead[1], lead[2], *times, float(self._tau[lead[0]]))
+                sentence = f"{found.sentence}; unusual at once in {told}"
+                return replace(found, sentence=sentence, lead=an.NAMES[lead[0]])
             if a == an.BEACON:
                 s = m.contacts.arrays["beat"][row]
                 period = float(np.exp(s[beacon.MEAN]))
                 beat = (period, float(np.sqrt(s[beacon.SQUARES] / max(1.0, s[beacon.GAPS]))), int(s[beacon.BEATS]))
-                tau = max(period * (beat[2] + 1), 1.0)
-            elif a == an.JOINT:
-                causes = tuple(f for f, v in zip(an.FAMILIES, m.hosts.arrays["causes"][source], strict=True) if v > 0)
-                tau = float(self._block_ns / 1e9)
-            return explain(
-                (self._log_meta, self._log_inc), m.hosts.arrays["name"], a,
-                (int(source), int(target), int(c.service[contact])), x, record, int(self._now * 1e9), self._origin_ns,
-                tau, beat, causes,
-            )  # fmt: skip
+                return explain(log, names, a, key, x, record, *times, max(period * (beat[2] + 1), 1.0), beat)
+            return explain(log, names, a, key, x, record, *times, float(self._tau[a]))
 
         return why
+
+    def _lead(self, c: Contacts, contact: int, source: int) -> tuple[int, float, float] | None:
+        """Of the analytics behind a joint alarm the one to tell it by: (analytic, x, record), None if none is summed.
+
+        It is the one of the strongest family whose level, at a key of the contact judged last, exceeds its record most;
+        the next family's where that family has none.
+        """
+        m, now = self.memory, self._now
+        keys = np.empty((3, 1), np.uint64)
+        source_hash, target_hash = c.hosts.hash[c.src[[contact]]], c.hosts.hash[c.dst[[contact]]]
+        levels.key_hashes(source_hash, target_hash, np.ascontiguousarray(c.service[[contact]]), keys)
+        stores = m.hosts, m.services, m.pairs, m.contacts
+        slots = [source, *(int(store.table.find(key)[0]) for store, key in zip(stores[1:], keys, strict=True))]
+        causes = m.hosts.arrays["causes"][source]
+        best: dict[int, tuple[float, int, float, float]] = {}
+        for a, analytic in enumerate(an.TABLE):
+            slot = slots[analytic.kind]
+            if analytic.tau == 0.0 or analytic.role != "source" or slot < 0 or causes[an.FAMILY[a]] <= 0:
+                continue
+            cell = stores[analytic.kind].arrays["cells"][slot][an.COLUMN[a]]
+            x = float(np.log1p(cell[levels.LEVEL] * np.exp((cell[levels.AT] - now) / self._tau[a])))
+            record = max(0.0, float(cell[levels.RECORD]) - self._fade * now)
+            told = (x - record, a, x, record)
+            best[int(an.FAMILY[a])] = max(best.get(int(an.FAMILY[a]), told), told)
+        for family in np.argsort(-causes, kind="stable"):
+            if causes[family] > 0 and int(family) in best:
+                return best[int(family)][1:]
+        return None
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """(arrays, values for JSON): all that goes on. `restore` goes on bit for bit."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from flowsage.models.analytics import SHARE, TABLE
+from flowsage.models.analytics import SHARE, TABLE, Analytic
 from flowsage.models.explain import Evidence, Explained, Finding, severity
 
 MINUTE = 60.0
@@ -43,6 +43,15 @@ class Offer:
 def _order(o: Offer) -> tuple[bool, float, str, int]:
     """Who does comes before to whom it is done, so that a finding names the one who does; then by p."""
     return TABLE[o.analytic].role == "target", o.p / float(SHARE[o.analytic]), o.host, o.analytic
+
+
+def _told(a: Analytic, why: Explained) -> dict[str, Any]:
+    """The fields of a finding that say what was seen, in the words of the analytic that leads."""
+    lead = next((b for b in TABLE if b.name == why.lead), a)
+    return {
+        "technique": lead.technique, "evidence": why.evidence, "observed": why.observed, "expected": why.expected,
+        "unit": lead.unit, "lead": lead.name,
+    }  # fmt: skip
 
 
 @dataclass
@@ -138,11 +147,7 @@ class Episodes:
             p_value=p,
             severity=severity(p, allowed),
             sentence=why.sentence,
-            technique=a.technique,
-            evidence=why.evidence,
-            observed=why.observed,
-            expected=why.expected,
-            unit=a.unit,
+            **_told(a, why),
             analytics=(a.name,),
             hosts=(o.host,),
         )
@@ -177,8 +182,7 @@ class Episodes:
             why = why or o.explain()
             f = replace(
                 f, peer=why.peer, analytic=a.name, family=a.family, p_value=p, severity=severity(p, allowed),
-                sentence=why.sentence, technique=a.technique, evidence=why.evidence, observed=why.observed,
-                expected=why.expected, unit=a.unit, start_ns=min(f.start_ns, why.start_ns),
+                sentence=why.sentence, start_ns=min(f.start_ns, why.start_ns), **_told(a, why),
             )  # fmt: skip
         sentence = f.sentence
         if len(hosts) > 1:

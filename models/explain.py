@@ -21,6 +21,9 @@ Array = npt.NDArray[Any]
 MOST = 10
 """Contacts that a finding shows."""
 
+BEGUN = 0.05
+"""A finding begins when this share of what raised the level had come: a level remembers much that is harmless."""
+
 FEW_TAUS = 3.0
 """What is older than this many time constants has faded to a twentieth."""
 
@@ -81,6 +84,8 @@ class Finding:
     """Every analytic that spoke, in the order in which they did."""
     hosts: tuple[str, ...] = ()
     """Every host it speaks of, `host` first."""
+    lead: str = ""
+    """The analytic whose words and evidence it carries: `analytic`, or the strongest of several causes."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Explained:
     observed: float
     expected: float
     evidence: tuple[Evidence, ...] = field(default_factory=tuple)
+    lead: str = ""
+    """The analytic that it is told by, where that is not the one that raised the alarm."""
 
 
 def port_of(service: int) -> int | None:
@@ -162,13 +169,12 @@ def explain(
     origin_ns: int,
     tau: float,
     beat: tuple[float, float, int] | None = None,
-    causes: tuple[str, ...] = (),
 ) -> Explained:
     """Evidence and sentence of one alarm.
 
     log (meta i64[·, 7], inc f4[·, A]); names [h] by host slot; key (source slot, target slot, service) of the contact
     that was judged last; x, record as judged; times are ns since the origin (`now_ns`) and of the epoch (`origin_ns`);
-    tau s, scaled; beat (period s, spread, beats) and causes for those two analytics.
+    tau s, scaled; beat (period s, spread, beats) for that analytic.
     """
     meta, inc = log
     a = TABLE[analytic]
@@ -206,7 +212,11 @@ def explain(
             )
         )
     peer = _peer(meta, rows, weight, names, analytic, key)
-    start = int(meta[rows, 3].min()) if len(rows) else origin_ns + now_ns
+    start = (
+        int(meta[rows[np.searchsorted(np.cumsum(weight), BEGUN * weight.sum())], 3])
+        if len(rows)
+        else origin_ns + now_ns
+    )
     on = _share(meta[rows, 2], weight, 0.8)
     span = max(1e-3, (origin_ns + now_ns - start) / 1e9)
     if direct:
@@ -214,8 +224,6 @@ def explain(
         sentence = a.words.format(
             host=_host(names, analytic, key), peer=names[key[1]], service=service_name(key[2]), beats=beats
         )
-        if causes:
-            sentence += ": " + ", ".join(causes)
     else:
         counted = len(np.unique(meta[rows, 1])) if a.name != "novelty" else len(np.unique(meta[rows, 2]))
         sentence = a.words.format(

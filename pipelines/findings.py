@@ -125,7 +125,7 @@ def to_ocsf(finding: Finding) -> dict[str, Any]:
     named = dict.fromkeys([*(finding.hosts or (finding.host,)), *([finding.peer] if finding.peer else [])])
     info: dict[str, Any] = {
         "uid": finding.uid,
-        "title": TITLES.get(finding.analytic, finding.analytic),
+        "title": TITLES[finding.lead or finding.analytic],
         "desc": finding.sentence,
         "analytic": {"name": finding.analytic, "uid": finding.analytic, "type_id": 4, "type": "Learning (ML/DL)"},
         "created_time": finding.start_ns // 10**6,
