@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flowsage.collector.errors import ConfigurationError
+from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
@@ -22,7 +23,6 @@ from flowsage.models.calibration import Calibration, Readiness
 from flowsage.models.cells import Memory
 from flowsage.models.episodes import QUIET, Episodes, Offer
 from flowsage.models.explain import META, Evidence, Explained, Finding, explain
-from flowsage.models.inside import Inside
 
 __all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding", "Looked"]
 
@@ -115,7 +115,7 @@ class Alarms:
         self._tau = np.where(an.TAU > 0, an.TAU / c.time_scale, 0.0)
         self._span = np.maximum(self._block_ns / 1e9, self._tau)
         self._fade = np.log(2.0) / (an.WEEK / c.time_scale)
-        self._inside = Inside(c.internal)
+        self.internal = Internal(PRIVATE if c.internal is None else c.internal)
         self._parameters = self.calibration.parameters()
 
     def readiness(self) -> Readiness:
@@ -249,7 +249,7 @@ class Alarms:
             names = pc.cast(names, pa.string())
         arrays = self.memory.hosts.arrays
         arrays["name"][which] = names.to_numpy(zero_copy_only=False)
-        arrays["inside"][which] = self._inside(names)
+        arrays["inside"][which] = self.internal(c.hosts)[index]
 
     def _offers(self, c: Contacts, found: Array, values: Array) -> list[Offer]:
         """The smallest p of each host and analytic, as offers to the episodes."""

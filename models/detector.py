@@ -53,8 +53,8 @@ class Detector:
     def __init__(self, config: DetectorConfig | None = None) -> None:
         self.config = config or DetectorConfig()
         self.history = History(self.config.history)
-        self.prior = MeetingPrior(self.config.meeting) if self.config.graph else None
         self.alarms = Alarms(self.config.alarms)
+        self.prior = MeetingPrior(self.config.meeting, self.alarms.internal) if self.config.graph else None
 
     def pane(self, now_ns: int, arrived: FlowBatch) -> list[Finding]:
         """Look at the flows that arrived since the last pane; returns findings created, updated or closed.

@@ -24,9 +24,10 @@ LAB_DEFAULTS: dict[str, dict[str, Any]] = {
     "sensor": {"idle_timeout": "4s", "active_timeout": "6s", "half_open_timeout": "1s", "linger": "0.5s",
                "sweep_interval": "0.5s", "name": "lab"},
     "windows": {"window": "6s", "pane": "1s"},
-    "alarms": {"time_scale": 60},
+    "model": {"ready_windows": 12, "ready_meetings": 80, "ready_steps": 8},
+    "alarms": {"time_scale": 60, "budget": 100},
 }  # fmt: skip
-"""The lab runs a day in minutes: short timeouts, windows and panes, and alarms whose clock runs 60 times as fast."""
+"""The lab runs a day in 24 minutes: short timeouts, windows and panes, alarms and graph that are ready in a minute."""
 
 
 class Group(click.Group):

@@ -114,6 +114,9 @@ class ModelSettings(_Section):
 
     seed: int = Field(0, ge=0)
     graph: bool = Field(True, description="GraphSAGE's prior of first meetings")
+    ready_windows: int = Field(30, ge=0, description="windows that the graph must have seen before it says anything")
+    ready_meetings: float = Field(200, ge=0, description="first meetings that it must have learnt from")
+    ready_steps: int = Field(20, ge=0, description="training steps that it must have made")
     undirected: bool = Field(False, description="the flows' direction is not known")
     max_keys: int = Field(
         10_000_000, gt=0, description="keys of history remembered a level; the longest unseen leave first"

@@ -38,7 +38,13 @@ def detector_config(settings: Settings) -> DetectorConfig:
             max_keys=settings.model.max_keys,
             threads=settings.model.threads,
         ),
-        meeting=MeetingConfig(seed=settings.model.seed, max_hosts=settings.model.max_hosts),
+        meeting=MeetingConfig(
+            seed=settings.model.seed,
+            max_hosts=settings.model.max_hosts,
+            ready_windows=settings.model.ready_windows,
+            ready_meetings=settings.model.ready_meetings,
+            ready_steps=settings.model.ready_steps,
+        ),
         alarms=AlarmConfig(
             pane_ns=settings.windows.pane,
             block_ns=settings.alarms.block,

@@ -123,7 +123,7 @@ def test_memory_is_bounded_at_the_end_of_each_block():
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ConfigurationError, match="budget"):
         AlarmConfig(budget=0)
-    with pytest.raises(ConfigurationError, match=r"give networks such as 10\.0\.0\.0/8"):
+    with pytest.raises(ConfigurationError, match=r"write it like 10\.0\.0\.0/8"):
         Alarms(AlarmConfig(internal=("ten",)))
 
 

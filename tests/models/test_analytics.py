@@ -12,7 +12,6 @@ from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.history_scores import ContactTerms
-from flowsage.models.inside import Inside
 from tests.models.alarm_streams import EVER, START, S, table
 
 INTERNAL, PEER = "10.0.0.1", "10.0.0.2"
@@ -164,20 +163,3 @@ def test_beats_do_not_depend_on_the_scale_of_time():
         strengths.append(out[0])
     assert strengths[0] == pytest.approx(strengths[1], rel=1e-9)
     assert strengths[0] > 1
-
-
-def test_hosts_are_internal_by_network_or_by_being_no_address():
-    names = pa.array(
-        ["10.1.2.3", "172.32.0.1", "192.168.9.9", "8.8.8.8", "fe80::1", "2001:db8::1", "b8:27:eb:15:88:9c", "printer"]
-    )
-    assert Inside(None)(names).tolist() == [True, False, True, False, True, False, True, True]
-    assert Inside(("8.8.0.0/16", "2001:db8::/32"))(names).tolist() == [
-        False,
-        False,
-        False,
-        True,
-        False,
-        True,
-        True,
-        True,
-    ]
