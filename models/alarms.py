@@ -199,8 +199,8 @@ class Alarms:
         raised, sources, targets = levels.raise_levels(  # type: ignore[call-arg]
             slots, service, np.stack((c.flows, c.answered, c.failed)), told, c.bytes_fwd - c.bytes_rev, known,
             np.ascontiguousarray(looked.C_ss, np.float64), tails, np.stack((c.first_ns, c.last_ns)), *cells, h["born"],
-            born, h["inside"], h["record"], h["active"], self._tau, self._span, an.COLUMN, an.KIND, an.WIDTH,
-            an.IS_TARGET,
+            born, h["inside"], h["record"], h["active"], self._tau, self._span, self._block_ns / 1e9,
+            an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET,
             self._fade, now, self._block, self._log_inc, self._log_meta, self._log_at, touched, active,
         )  # fmt: skip
         self._active[0].append(active[0, :sources])
@@ -210,7 +210,8 @@ class Alarms:
         scale = config.time_scale
         allowed = self.allowed if self._ready_at >= 0 else -1.0
         count = levels.judge(  # type: ignore[call-arg]
-            touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._span, an.COLUMN,
+            touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._tau, self._span,
+            self._block_ns / 1e9, an.COLUMN,
             an.KIND, an.WIDTH, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE,
             an.JOINT, h["best"], h["causes"], h["excluded"], self._fade, now, an.HOUR / scale, an.DAY / scale,
             QUIET / scale, allowed, found, values,
@@ -315,6 +316,8 @@ class Alarms:
             cell = stores[analytic.kind].arrays["cells"][slot][an.COLUMN[a]]
             x = float(np.log1p(cell[levels.LEVEL] * np.exp((cell[levels.AT] - now) / self._tau[a])))
             record = max(0.0, float(cell[levels.RECORD]) - self._fade * now)
+            age = now - float(m.hosts.arrays["born"][source])
+            record += float(levels.growth(age, self._block_ns / 1e9, self._tau[a], self._span[a]))
             told = (x - record, a, x, record)
             best[int(an.FAMILY[a])] = max(best.get(int(an.FAMILY[a]), told), told)
         for family in np.argsort(-causes, kind="stable"):

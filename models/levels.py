@@ -10,6 +10,9 @@ A key (a host, a (source, service), a pair, a contact) has one *cell* for each a
 
 A span is max(block, τ); what was reached in one becomes record two spans later, so an attack's own ramp does not become
 its record while it lasts. A new key starts with the record of its host.
+
+A young host has no record for so long that steady traffic would look like news. So its spans begin with a block and
+double until they are full length, and a record of that time is taken to have grown as a leaky sum of steady input does.
 """
 
 from __future__ import annotations
@@ -52,8 +55,40 @@ def key_hashes(source, target, service, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _touch(cells, row, now, tau, span, fade, host_record, host, a):  # type: ignore[no-untyped-def]
-    """Bring a cell to `now`: decay its level, move its spans. True if this is the first touch at `now`."""
+def span_of(age, step, span):  # type: ignore[no-untyped-def]
+    """Which span of its host's life an age is in: 0 is the first block, each is twice the one before until `span`."""
+    if age < step:
+        return 0.0
+    if age < span:
+        return np.floor(np.log2(age / step)) + 1.0
+    return np.ceil(np.log2(span / step)) + np.floor(age / span)
+
+
+@numba.njit(cache=True, nogil=True)
+def span_end(number, step, span):  # type: ignore[no-untyped-def]
+    """Age at which a span ends."""
+    doubled = np.ceil(np.log2(span / step))
+    if number <= doubled:
+        return min(span, step * 2.0**number)
+    return (number - doubled + 1.0) * span
+
+
+@numba.njit(cache=True, nogil=True)
+def growth(age, step, tau, span):  # type: ignore[no-untyped-def]
+    """ln of how much a leaky sum of steady input has grown since the spans whose record counts now, at most 2."""
+    number = span_of(age, step, span)
+    if tau <= 0.0 or number < 2.0:
+        return 0.0
+    since = span_end(number - 2.0, step, span)
+    return 0.0 if since > 4.0 * tau else np.log(np.expm1(-age / tau) / np.expm1(-since / tau))
+
+
+@numba.njit(cache=True, nogil=True)
+def _touch(cells, row, now, tau, span, fade, host_record, host, a, born, step):  # type: ignore[no-untyped-def]
+    """Bring a cell to `now`: decay its level, move its spans. True if this is the first touch at `now`.
+
+    `born` of its host, `step` the first span: a block.
+    """
     at = cells[row, AT]
     if at == now:
         return False
@@ -63,10 +98,10 @@ def _touch(cells, row, now, tau, span, fade, host_record, host, a):  # type: ign
         return True
     level = cells[row, LEVEL]
     if cells[row, HELD] < now:
-        then, this = np.floor(at / span), np.floor(now / span)
+        then, this = span_of(at - born, step, span), span_of(now - born, step, span)
         if this > then:
             record = max(cells[row, RECORD], np.log1p(cells[row, BEFORE]) + fade * at)
-            edge = level * np.exp(-((then + 1.0) * span - at) / tau) if tau > 0.0 else 0.0
+            edge = level * np.exp(-(born + span_end(then, step, span) - at) / tau) if tau > 0.0 else 0.0
             if this == then + 1.0:
                 cells[row, BEFORE] = cells[row, LAST]
                 cells[row, LAST] = edge
@@ -84,7 +119,7 @@ def _touch(cells, row, now, tau, span, fade, host_record, host, a):  # type: ign
 def raise_levels(  # type: ignore[no-untyped-def]
     slots, service, counts, told, sent, known, surprise, tails, times,
     hosts, services, pairs, contacts, host_born, born, inside, host_record, active_block,
-    tau, span, column, kind, width, is_target, fade, now, block,
+    tau, span, step, column, kind, width, is_target, fade, now, block,
     log_inc, log_meta, log_at,
     touched, active,
 ):  # fmt: skip
@@ -132,7 +167,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
             else:
                 cells, slot = contacts, slots[4, i]
             row = slot * width[kind[a]] + column[a]
-            if _touch(cells, row, now, tau[a], span[a], fade, host_record, owner, a):
+            if _touch(cells, row, now, tau[a], span[a], fade, host_record, owner, a, host_born[owner], step):
                 touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
                 m += 1
             cells[row, LEVEL] += out[a]
@@ -152,7 +187,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def judge(  # type: ignore[no-untyped-def]
     touched, m, slots, hosts, services, pairs, contacts, host_born, born, host_record,
-    rate, shape, scale, span, column, kind, width, family, is_target, direct, learns, least, share, joint,
+    rate, shape, scale, tau, span, step, column, kind, width, family, is_target, direct, learns, least, share, joint,
     best, family_best, excluded, fade, now, hour, day, quiet, allowed,
     found, values,
 ):  # fmt: skip
@@ -199,6 +234,10 @@ def judge(  # type: ignore[no-untyped-def]
         if excess <= THRESHOLD:
             continue
         age, group = now - host_born[host], 3
+        record += growth(age, step, tau[a], span[a])
+        excess = x - record
+        if excess <= THRESHOLD:
+            continue
         if age < hour:
             group = 0
         elif what == 0:
@@ -225,7 +264,7 @@ def judge(  # type: ignore[no-untyped-def]
             if cause > family_best[host, family[a]]:
                 family_best[host, family[a]] = cause
                 row = host * width[0] + column[joint]
-                if _touch(hosts, row, now, 0.0, span[joint], fade, host_record, host, joint):
+                if _touch(hosts, row, now, 0.0, span[joint], fade, host_record, host, joint, host_born[host], step):
                     touched[total, 0], touched[total, 1], touched[total, 2] = joint, row, contact
                     total += 1
     return count

@@ -130,14 +130,38 @@ def test_every_contact_is_counted_once_whatever_the_panes():
 def test_record_follows_one_to_two_spans_later_and_a_new_key_takes_its_hosts():
     alarms = Alarms()
     host = lambda: alarms.memory.hosts.arrays["record"][0, an.BURST]  # noqa: E731
-    step(alarms, 10, [(INTERNAL, PEER, 80, 1, 1, 1)] * 50)  # blocks end at 100 s, 1000 s …
-    step(alarms, 200, [(INTERNAL, PEER, 80, 1, 1, 1)])
-    assert host() < 0.01, "the block before is not record yet"
-    step(alarms, 1100, [(INTERNAL, PEER, 80, 1, 1, 1)])
+    step(alarms, 10, [(INTERNAL, PEER, 80, 1, 1, 1)] * 50)  # the host's spans end at 910 s, 1810 s …
+    step(alarms, 1000, [(INTERNAL, PEER, 80, 1, 1, 1)])
+    assert host() < 0.01, "the span before is not record yet"
+    step(alarms, 1900, [(INTERNAL, PEER, 80, 1, 1, 1)])
     assert host() == pytest.approx(math.log1p(50), abs=0.01)
-    step(alarms, 1101, [(INTERNAL, PEER, 81, 1, 1, 1)])
+    step(alarms, 1901, [(INTERNAL, PEER, 81, 1, 1, 1)])
     row = alarms.memory.services.arrays
     assert row["cells"][1, an.COLUMN[an.BURST], levels.RECORD] == host()
+
+
+def test_a_young_hosts_spans_double_from_a_block_to_full_length() -> None:
+    step_s, span = 900.0, 4 * 3600.0
+    ends = [levels.span_end(float(n), step_s, span) for n in range(7)]
+    assert ends == [900, 1800, 3600, 7200, 14_400, 28_800, 43_200]
+    for n, (begin, end) in enumerate(zip([0.0, *ends], ends, strict=False)):
+        assert levels.span_of(begin, step_s, span) == levels.span_of(end - 1.0, step_s, span) == n
+    assert [levels.span_end(float(n), 900.0, 900.0) for n in range(3)] == [900, 1800, 2700]
+
+
+def test_steady_traffic_of_a_new_host_is_no_news_however_long_a_level_remembers() -> None:
+    alarms = Alarms()
+    worst = 0.0
+    for minute in range(24 * 60):
+        step(alarms, 60 * minute + 10, [(INTERNAL, PEER, 80, 1, 1, 1)])
+        cell = alarms.memory.hosts.arrays["cells"][1, an.COLUMN[an.FLOOD]]
+        age = 60.0 * minute
+        if age < 2 * 900:
+            continue
+        x = np.log1p(cell[levels.LEVEL])
+        record = cell[levels.RECORD] - alarms._fade * alarms._now
+        worst = max(worst, x - record - levels.growth(age, 900.0, an.TAU[an.FLOOD], 3600.0))
+    assert worst < 0.25
 
 
 def test_a_clock_is_told_from_chance():
