@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from flowsage.collector.errors import ConfigurationError
 from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts
+from flowsage.graph.flows import UInt64
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
 from flowsage.models.calibration import Calibration, Readiness
@@ -149,6 +150,14 @@ class Alarms:
                 told = self.episodes.offer(now_ns, self._offers(contacts, found, values), self.allowed)
         return told + self.episodes.close(now_ns)
 
+    def take_p_values(self, hosts: UInt64) -> Array:
+        """The smallest p f8[n] of each host (hashes u64[n]) in any pane since this was last asked; NaN: not ready."""
+        smallest = self.memory.hosts.arrays["smallest"]
+        slots = self.memory.hosts.table.find(hosts)
+        p = np.where(slots >= 0, smallest[slots], 1.0) if self._ready_at >= 0 else np.full(len(hosts), np.nan)
+        smallest[slots[slots >= 0]] = 1.0
+        return np.minimum(p, 1.0)
+
     def _roll(self, block: int) -> None:
         """A block has ended (or several, of which all but one were empty)."""
         if self._block >= 0:
@@ -211,10 +220,10 @@ class Alarms:
         allowed = self.allowed if self._ready_at >= 0 else -1.0
         count = levels.judge(  # type: ignore[call-arg]
             touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._tau, self._span,
-            self._block_ns / 1e9, an.COLUMN,
-            an.KIND, an.WIDTH, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE,
-            an.JOINT, h["best"], h["causes"], h["excluded"], self._fade, now, an.HOUR / scale, an.DAY / scale,
-            QUIET / scale, allowed, found, values,
+            self._block_ns / 1e9, an.COLUMN, an.KIND, an.WIDTH, an.FAMILY, an.IS_TARGET,
+            np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE, an.JOINT, h["best"], h["causes"],
+            h["excluded"], h["smallest"], self._fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed,
+            found, values,
         )  # fmt: skip
         return found[:count], values[:count]
 
@@ -318,8 +327,9 @@ class Alarms:
             record = max(0.0, float(cell[levels.RECORD]) - self._fade * now)
             age = now - float(m.hosts.arrays["born"][source])
             record += float(levels.growth(age, self._block_ns / 1e9, self._tau[a], self._span[a]))
-            told = (x - record, a, x, record)
-            best[int(an.FAMILY[a])] = max(best.get(int(an.FAMILY[a]), told), told)
+            if x - record >= levels.LEAST_EXCESS and x >= an.LEAST[a]:
+                told = (x - record, a, x, record)
+                best[int(an.FAMILY[a])] = max(best.get(int(an.FAMILY[a]), told), told)
         for family in np.argsort(-causes, kind="stable"):
             if causes[family] > 0 and int(family) in best:
                 return best[int(family)][1:]

@@ -40,6 +40,7 @@ FIELDS: dict[str, dict[str, tuple[tuple[int, ...], str, Any]]] = {
         "run": ((_A * _G,), "f4", 0.0),
         "excluded": ((_A,), "?", False),
         "causes": ((_F,), "f4", 0.0),
+        "smallest": ((), "f8", 1.0),
     },
     "services": {"cells": _cells(SERVICE), "born": ((), "f8", -1.0)},
     "pairs": {"cells": _cells(PAIR), "born": ((), "f8", -1.0)},

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.graph.addresses import Internal
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch
+from flowsage.graph.hostgraph import HostGraph, host_graph
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.explain import Finding
 from flowsage.models.history import History, HistoryConfig, HistoryScores
@@ -45,6 +47,15 @@ class ClosedWindows:
     scores: HistoryScores
     tails: Float64
     """[c] tail probability of first meetings, NaN for known contacts and while the graph is not ready."""
+    p_values: Float64
+    """[k] smallest p-value of each host-window of `scores` among the alarms' analytics, NaN while not ready."""
+
+    def graph(self, k: int, internal: Internal | None = None) -> HostGraph:
+        """The host graph of the k-th window of the run, with its features."""
+        begin, end = self.contacts.flow_offsets[k : k + 2]
+        return host_graph(
+            self.flows.take(slice(int(begin), int(end))), self.contacts.slice(k), internal=internal or Internal()
+        )
 
 
 class Detector:
@@ -76,7 +87,8 @@ class Detector:
                 window, fresh = run.slice(k), first[begin:end]
                 tails[begin:end] = self.prior.tail(window, fresh)
                 self.prior.learn(window, fresh)
-        return ClosedWindows(flows, run, scores, tails)
+        p_values = self.alarms.take_p_values(flows.hosts.hash[scores.host])
+        return ClosedWindows(flows, run, scores, tails, p_values)
 
     def _tails(self, seen: Contacts, first: npt.NDArray[np.bool_]) -> Float64:
         if self.prior is None:

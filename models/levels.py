@@ -188,7 +188,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
 def judge(  # type: ignore[no-untyped-def]
     touched, m, slots, hosts, services, pairs, contacts, host_born, born, host_record,
     rate, shape, scale, tau, span, step, column, kind, width, family, is_target, direct, learns, least, share, joint,
-    best, family_best, excluded, fade, now, hour, day, quiet, allowed,
+    best, family_best, excluded, smallest, fade, now, hour, day, quiet, allowed,
     found, values,
 ):  # fmt: skip
     """Excess and p of every key touched; what is within `allowed` is an alarm, the rest goes to the calibration.
@@ -246,6 +246,7 @@ def judge(  # type: ignore[no-untyped-def]
             age = now - born[3 - what][row // width[what]]
             group = 1 if age < hour else (2 if age < day else 3)
         p = tail(excess, rate[a, group], shape[a, group], scale[a, group])
+        smallest[host] = min(smallest[host], p / share[a])
         alarm = excess >= LEAST_EXCESS and x >= least[a] and p <= allowed * share[a]
         if alarm:
             cells[row, HELD] = now + quiet

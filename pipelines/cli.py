@@ -25,7 +25,7 @@ LAB_DEFAULTS: dict[str, dict[str, Any]] = {
                "sweep_interval": "0.5s", "name": "lab"},
     "windows": {"window": "6s", "pane": "1s"},
     "model": {"ready_windows": 12, "ready_meetings": 80, "ready_steps": 8},
-    "alarms": {"time_scale": 60, "budget": 100},
+    "alarms": {"time_scale": 60, "budget": 50},
 }  # fmt: skip
 """The lab runs a day in 24 minutes: short timeouts, windows and panes, alarms and graph that are ready in a minute."""
 

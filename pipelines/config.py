@@ -119,7 +119,7 @@ class ModelSettings(_Section):
     ready_steps: int = Field(20, ge=0, description="training steps that it must have made")
     undirected: bool = Field(False, description="the flows' direction is not known")
     max_keys: int = Field(
-        10_000_000, gt=0, description="keys of history remembered a level; the longest unseen leave first"
+        5_000_000, gt=0, description="keys of history remembered a level; the longest unseen leave first"
     )
     max_hosts: int = Field(200_000, gt=0, description="hosts the graph's memory holds")
     threads: int = Field(2, gt=0, description="threads for training and scoring")

@@ -58,8 +58,8 @@ class HostTableWriter:
         self._parts: list[pa.Table] = []
         self._findings: dict[str, Finding] = {}
 
-    def add(self, closed: ClosedWindows, p_values: npt.NDArray[np.float64]) -> None:
-        """The host-windows of a run of windows, with their p-values (NaN: not ready)."""
+    def add(self, closed: ClosedWindows) -> None:
+        """The host-windows of a run of windows; p_value is null while alarms are not ready."""
         start = closed.scores.window * self._window_ns
         self._parts.append(
             pa.table(
@@ -68,7 +68,7 @@ class HostTableWriter:
                     "window_start_ns": start,
                     "window_end_ns": start + self._window_ns,
                     "score": closed.scores.score,
-                    "p_value": pa.array(p_values, from_pandas=True),
+                    "p_value": pa.array(closed.p_values, from_pandas=True),
                 }
             )
         )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -210,7 +209,7 @@ class ScoredRun:
         if self._scores:
             self._scores.add(closed)
         if self._hosts:
-            self._hosts.add(closed, np.full(len(closed.scores.host), np.nan))
+            self._hosts.add(closed)
 
     def finish(self, rows: int) -> None:
         """Close what is open, write the tables."""

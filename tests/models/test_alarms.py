@@ -18,7 +18,7 @@ from tests.models.alarm_streams import LAB, MISBEHAVIOURS, START, Row, S, Watch,
 BEGIN = 126.0
 """Seconds of calibration before a misbehaviour: two minutes of the lab."""
 
-LOUD = dataclasses.replace(LAB, budget=100.0)
+LOUD = dataclasses.replace(LAB, budget=50.0)
 
 
 def created(findings: list[Finding]) -> list[Finding]:
@@ -33,7 +33,7 @@ def scene(name: str, seed: int = 0) -> tuple[list[Row], str]:
 @pytest.mark.parametrize(
     ("name", "within", "families"),
     [
-        ("port scan", 3, {"scan", "novelty"}),
+        ("port scan", 3, {"scan", "novelty", "joint"}),
         ("host scan", 6, {"scan"}),
         ("slow scan", 41, {"scan", "lateral", "joint"}),
         ("worm", 20, {"scan", "lateral", "joint"}),
