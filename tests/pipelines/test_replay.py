@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,16 @@ def test_what_cannot_be_is_one_sentence_and_its_exit_code(arguments: list[str], 
     done = flowsage(*arguments, code=code)
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+def test_a_metrics_port_in_use_is_one_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = flowsage("run", "--interface", "lo", "--metrics-port", port, code=1)
+    assert f"cannot serve metrics on 127.0.0.1:{port}" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_an_unknown_configuration_key_ends_with_78(tmp_path: Path) -> None:
