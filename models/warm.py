@@ -19,6 +19,8 @@ import pyarrow as pa
 from flowsage import graph, models
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch, from_table
+from flowsage.graph.warm import compile_kernels
+from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.history import History
 from flowsage.models.keys import KeyTable
 from flowsage.models.meeting import MeetingConfig, MeetingPrior
@@ -101,7 +103,23 @@ def warm_meeting(flows: FlowBatch, run: Contacts) -> None:
         prior.evidence(int(met.hosts.hash[0]), int(met.hosts.hash[1]), 0)
 
 
-STEPS: tuple[Callable[[FlowBatch, Contacts], None], ...] = (warm_keys, warm_history, warm_meeting)
+def warm_graph(flows: FlowBatch, run: Contacts) -> None:
+    """Windows, host graphs and their features."""
+    compile_kernels()
+
+
+def warm_alarms(flows: FlowBatch, run: Contacts) -> None:
+    """Alarms, over two blocks, so that the calibration takes the first one in."""
+    alarms = Alarms(AlarmConfig(ready_blocks=1, ready_host_blocks=1))
+    seen = History().lookup(run)
+    for step in range(3):
+        alarms.step((step + 1) * AlarmConfig().block_ns, run, seen, np.full(len(run), np.nan))
+    alarms.take_p_values(flows.hosts.hash)
+
+
+STEPS: tuple[Callable[[FlowBatch, Contacts], None], ...] = (
+    warm_graph, warm_keys, warm_history, warm_meeting, warm_alarms,
+)  # fmt: skip
 
 
 def main() -> None:
