@@ -12,6 +12,7 @@ what began it, so two runs over the same flows give the same.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,6 +26,8 @@ QUIET, TOGETHER, THROTTLE = 60 * MINUTE, 15 * MINUTE, 5 * MINUTE
 
 WORSE = 10.0
 """A finding is materially worse when its p has fallen by this factor, or a cause or host has joined."""
+
+OPPOSITE = {"source": "target", "target": "source"}
 
 SHARED_BY = 3
 """Hosts with the same cause towards one peer that are one finding."""
@@ -54,6 +57,21 @@ def _told(a: Analytic, why: Explained) -> dict[str, Any]:
     }  # fmt: skip
 
 
+JOINED = re.compile("; (?:with it|felt by|done by): ")
+"""Begins what a sentence says of the hosts that joined."""
+
+
+def _joined(f: Finding, others: list[tuple[str, str]]) -> str:
+    """The hosts that joined a finding, by what they have to do with it, ten of each."""
+    text = ""
+    for words, role in (("with it", f.role), ("felt by" if f.role == "source" else "done by", OPPOSITE[f.role])):
+        names = [host for host in dict.fromkeys(h for h, r in others if r == role) if host != f.host]
+        if names:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            text += f"; {words}: {', '.join(names[:10])}{more}"
+    return text
+
+
 @dataclass
 class Episode:
     """A finding that is open, and when it was last seen, last told and as what; `others` are the hosts that joined."""
@@ -63,7 +81,8 @@ class Episode:
     last_ns: int
     told_ns: int
     told_p: float
-    others: list[str] = field(default_factory=list)
+    others: list[tuple[str, str]] = field(default_factory=list)
+    """(host, role) of those that joined: who was scanned may yet do something of its own."""
     grew: bool = False
     peer: str | None = None
 
@@ -84,7 +103,7 @@ class Episodes:
         told: list[Finding] = []
         for o in sorted(offers, key=_order):
             a = TABLE[o.analytic]
-            episode = self._of(o.host, a.family)
+            episode = self._of(o.host, a.role, a.family)
             if episode is None:
                 told += self._begin(now_ns, o, allowed)
             else:
@@ -99,10 +118,10 @@ class Episodes:
         self.open = [e for e in self.open if now_ns - e.last_ns <= self.quiet_ns]
         return [self._closed(now_ns, e, e.finding.sentence) for e in done]
 
-    def _of(self, host: str, family: str) -> Episode | None:
-        """The open episode that speaks of this host and cause."""
+    def _of(self, host: str, role: str, family: str) -> Episode | None:
+        """The open episode that speaks of this host, in this role, and cause."""
         for e in self.open:
-            if family in e.families and (e.finding.host == host or host in e.others):
+            if family in e.families and (host, role) in ((e.finding.host, e.finding.role), *e.others):
                 return e
         return None
 
@@ -111,7 +130,9 @@ class Episodes:
         a = TABLE[o.analytic]
         recent = [e for e in self.open if e.finding.host == o.host and now_ns - e.finding.alarm_ns <= self.together_ns]
         if recent:
-            recent[0].families.append(a.family)
+            if a.family not in recent[0].families:
+                recent[0].families.append(a.family)
+            recent[0].others.append((o.host, a.role))
             recent[0].grew = True
             return self._go_on(now_ns, recent[0], o, allowed)
         why = o.explain()
@@ -120,14 +141,14 @@ class Episodes:
             other_end = [e for e in self.open if e.finding.host == why.peer and e.finding.role != a.role and
                          now_ns - e.last_ns <= self.together_ns]  # fmt: skip
             same = [e for e in self.open if e.peer == why.peer and a.family in e.families and e.finding.role == a.role]
-            hosts = {h for e in same for h in (e.finding.host, *e.others)}
+            hosts = {h for e in same for h in (e.finding.host, *(other for other, _ in e.others))}
             if other_end or len(hosts) + 1 >= SHARED_BY:
                 keeper = (other_end or same)[0]
                 if not other_end:
                     told += self._merge(now_ns, keeper, same[1:])
                 if a.family not in keeper.families:
                     keeper.families.append(a.family)
-                keeper.others.append(o.host)
+                keeper.others.append((o.host, a.role))
                 keeper.grew = True
                 self.joined += 1
                 return told + self._go_on(now_ns, keeper, o, allowed, why)
@@ -158,7 +179,7 @@ class Episodes:
     def _merge(self, now_ns: int, keeper: Episode, others: list[Episode]) -> list[Finding]:
         """Take `others` into `keeper`; they close."""
         for e in others:
-            keeper.others += [e.finding.host, *e.others]
+            keeper.others += [(e.finding.host, e.finding.role), *e.others]
             keeper.families += [f for f in e.families if f not in keeper.families]
         self.open = [e for e in self.open if e not in others]
         return [self._closed(now_ns, e, f"goes on as {keeper.finding.uid}: {e.finding.sentence}") for e in others]
@@ -177,18 +198,14 @@ class Episodes:
         worse = p < e.told_p / WORSE
         if not (worse or e.grew) or now_ns - e.told_ns < self.throttle_ns:
             return []
-        hosts = (f.host, *dict.fromkeys(e.others))
+        hosts = tuple(dict.fromkeys([f.host, *(other for other, _ in e.others)]))
         if o.host == f.host and p <= f.p_value:
             why = why or o.explain()
             f = replace(
                 f, peer=why.peer, analytic=a.name, family=a.family, p_value=p, severity=severity(p, allowed),
                 sentence=why.sentence, start_ns=min(f.start_ns, why.start_ns), **_told(a, why),
             )  # fmt: skip
-        sentence = f.sentence
-        if len(hosts) > 1:
-            sentence = f"{sentence.split('; with it: ')[0]}; with it: {', '.join(hosts[1:11])}" + (
-                f" and {len(hosts) - 11} more" if len(hosts) > 11 else ""
-            )
+        sentence = f"{JOINED.split(f.sentence)[0]}{_joined(f, e.others)}"
         e.finding = replace(f, activity="update", sentence=sentence, hosts=hosts)
         e.told_ns, e.told_p, e.grew = now_ns, min(e.told_p, p), False
         return [e.finding]
@@ -206,5 +223,6 @@ class Episodes:
             f = raw["finding"]
             f = f | {k: tuple(f[k]) for k in ("analytics", "hosts")}
             f["evidence"] = tuple(Evidence(**e) for e in f["evidence"])
-            episodes.open.append(Episode(**(raw | {"finding": Finding(**f)})))
+            others = [(host, role) for host, role in raw["others"]]
+            episodes.open.append(Episode(**(raw | {"finding": Finding(**f), "others": others})))
         return episodes

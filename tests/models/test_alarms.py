@@ -174,9 +174,18 @@ def test_causes_of_a_host_join_within_a_quarter_of_an_hour_and_a_family_within_a
 def test_the_victims_side_joins_the_attackers_finding():
     episodes = Episodes()
     told = episodes.offer(START, [offer("attacker", "ports", 1e-9, "victim")], 1e-3)
-    told += episodes.offer(START + MINUTE, [offer("victim", "fail-in", 1e-7, "attacker")], 1e-3)
+    told += episodes.offer(START + 6 * MINUTE, [offer("victim", "fail-in", 1e-7, "attacker")], 1e-3)
     assert len(created(told)) == 1
-    assert episodes.open[0].others == ["victim"]
+    assert episodes.open[0].others == [("victim", "target")]
+    assert told[-1].sentence == "attacker did ports; felt by: victim"
+
+
+def test_a_victim_that_does_something_of_its_own_is_a_finding_of_its_own():
+    episodes = Episodes()
+    episodes.offer(START, [offer("attacker", "ports", 1e-9, "victim")], 1e-3)
+    episodes.offer(START + MINUTE, [offer("victim", "fail-in", 1e-7, "attacker")], 1e-3)
+    (mine,) = created(episodes.offer(START + 2 * MINUTE, [offer("victim", "sweep", 1e-7)], 1e-3))
+    assert (mine.host, mine.role, mine.family) == ("victim", "source", "scan")
 
 
 def test_updates_are_throttled_and_need_something_worse():
