@@ -57,6 +57,12 @@ class Store:
     table: KeyTable
     arrays: dict[str, Array]
     fields: dict[str, tuple[tuple[int, ...], str, Any]]
+    filled: int = 0
+    """Slots that hold something, or the values of an unused slot."""
+
+    def __post_init__(self) -> None:
+        """Arrays that come with the store are whole."""
+        self.filled = len(next(iter(self.arrays.values())))
 
     def slots(self, keys: npt.NDArray[np.uint64], tick: int) -> npt.NDArray[np.int32]:
         """Slots i32[n] of `keys`, with room for them in every array."""
@@ -65,26 +71,27 @@ class Store:
         return slots
 
     def _room(self, needed: int) -> None:
-        held = len(next(iter(self.arrays.values())))
-        if needed <= held:
+        """Room for `needed` slots. What is not used yet is not written: the first touch of memory is what costs."""
+        if needed <= self.filled:
             return
-        size = max(needed, 2 * held, 1024)
+        held = len(next(iter(self.arrays.values())))
+        size = held if needed <= held else max(needed, 2 * held, 1024)
         for name, (shape, dtype, fill) in self.fields.items():
-            old = self.arrays[name]
-            new = np.empty((size, *shape), dtype)
-            new[:held] = old
-            new[held:] = fill
-            self.arrays[name] = new
+            if size > held:
+                old = self.arrays[name]
+                self.arrays[name] = np.empty((size, *shape), dtype)
+                self.arrays[name][: self.filled] = old[: self.filled]
+            self.arrays[name][self.filled : needed] = fill
+        self.filled = needed
 
     def evict(self, max_keys: int) -> npt.NDArray[np.int32] | None:
         """Forget what was unseen for longest; returns the new slot of each old one, None if nothing had to go."""
         remap = self.table.evict(max_keys)
         if remap is not None:
             kept = np.flatnonzero(remap >= 0)
-            for name, (_, _, fill) in self.fields.items():
-                array = self.arrays[name]
+            for array in self.arrays.values():
                 array[: len(kept)] = array[kept]
-                array[len(kept) :] = fill
+            self.filled = len(kept)
         return remap
 
 

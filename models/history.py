@@ -171,13 +171,17 @@ class History:
         """What is known of contacts now, as of the last window learnt; nothing is learnt from them."""
         c, lv = len(contacts), self.levels
         numbers, slots = np.empty((len(FIELDS), c)), np.empty(c, np.int32)
-        recall(
-            _frozen(contacts.src), _frozen(contacts.dst), _frozen(contacts.service), _frozen(contacts.hosts.hash),
-            1 + self.config.undirected, self.windows,
-            tuple(level.table.entries for level in lv), lv[S]["count"], lv[SVC]["beat"], lv[SVC]["rank"],
-            lv[SS]["count"], lv[E]["count"], lv[E]["beat"], lv[ES]["count"], lv[ES]["beat"], lv[O]["count"],
-            lv[O]["beat"], self._ranks, numbers, slots,
-        )  # fmt: skip
+        columns = tuple(_frozen(a) for a in (contacts.src, contacts.dst, contacts.service, contacts.hosts.hash))
+
+        def part(begin: int, end: int) -> Callable[[], None]:
+            return lambda: recall(  # type: ignore[call-arg]
+                *columns, 1 + self.config.undirected, self.windows,
+                tuple(level.table.entries for level in lv), lv[S]["count"], lv[SVC]["beat"], lv[SVC]["rank"],
+                lv[SS]["count"], lv[E]["count"], lv[E]["beat"], lv[ES]["count"], lv[ES]["beat"], lv[O]["count"],
+                lv[O]["beat"], self._ranks, numbers, slots, begin, end,
+            )  # fmt: skip
+
+        self._together(c, part(0, c // 2), part(c // 2, c))
         return ContactTerms(**_fields(numbers, slots))
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

@@ -49,14 +49,14 @@ _FIRST = len(FIELDS) - 1
 @numba.njit(cache=True, nogil=True)
 def recall(  # type: ignore[no-untyped-def]
     src, dst, service, hashes, ways, seen, entries, s_count, svc_beat, svc_ranks, ss_count, e_count, e_beat,
-    es_count, es_beat, o_count, o_beat, ranks, out, slots,
+    es_count, es_beat, o_count, o_beat, ranks, out, slots, begin, end,
 ):  # fmt: skip
-    """`FIELDS` of each contact into out f8[15, c], and the slots of es (−1: never met) into i32[c].
+    """`FIELDS` of contacts begin to end into out f8[15, c], and the slots of es (−1: never met) into i32[c].
 
     As `familiarity` would say it of a window after those learnt; the beat's as of their end. `entries`: the tables of
     the six levels. With `ways` 2 the forward way, but the smaller dc of both.
     """
-    for c in range(len(src)):
+    for c in range(begin, end):
         ports = (service[c] & _PORT) > 0
         for way in range(ways - 1, -1, -1):
             a, b = hashes[src[c]], hashes[dst[c]]

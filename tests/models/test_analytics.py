@@ -121,7 +121,7 @@ def test_every_contact_is_counted_once_whatever_the_panes():
         for p in range(0, 40 + pane, pane):
             c = contacts(flows.take(slice(*np.searchsorted(flows.start_ns, START + np.array([p, p + pane]) * S))), EVER)
             alarms.step(int(START + (p + pane) * S), c, looked(c), np.full(len(c), math.nan))
-        cells = alarms.memory.hosts.arrays["cells"]
+        cells = alarms.memory.hosts.arrays["cells"][: alarms.memory.hosts.filled]
         assert cells[:, an.COLUMN[an.FLOOD], levels.LEVEL].sum() == pytest.approx(500, rel=1e-6)
         pairs = len({r[1:3] for r in rows})
         assert cells[:, an.COLUMN[an.FAN], levels.LEVEL].sum() == pytest.approx(pairs, rel=1e-3)
