@@ -73,7 +73,7 @@ TABLE: tuple[Analytic, ...] = (
              "{host} opened {observed} flows on {service} in {span}", 40, True),
     Analytic("fan", "scan", "source", HOST, MINUTE, "T1018", "new peers",
              "{host} met {observed} new peers{on} in {span}", 8),
-    Analytic("sweep", "scan", "source", SERVICE, 4 * HOUR, "T1046", "new peers (an answered one counts a fiftieth)",
+    Analytic("sweep", "scan", "source", SERVICE, 4 * HOUR, "T1046", "new peers, failed ones in full",
              "{host} tried {count} new peers on {service} in {span}", 4),
     Analytic("ports", "scan", "source", PAIR, 4 * HOUR, "T1046", "new services",
              "{host} tried {observed} new services of {peer} in {span}", 10),

@@ -160,10 +160,11 @@ class Calibration:
         """Whether enough was seen, and a sentence that says how much."""
         seen = int(self.n[0].sum())
         ready = self.blocks >= blocks_needed and seen >= host_blocks_needed
-        word = "ready" if ready else "not ready"
+        if ready:
+            return Readiness(True, f"ready, calibrated on {seen:,} host-blocks")
         return Readiness(
-            ready,
-            f"{word}: {self.blocks} of {blocks_needed} blocks and {seen} of {host_blocks_needed} host-blocks "
+            False,
+            f"not ready: {self.blocks} of {blocks_needed} blocks and {seen} of {host_blocks_needed} host-blocks "
             "of calibration seen",
         )
 

@@ -186,7 +186,8 @@ def run_live(
         stack.callback(lambda: agent.stop() if agent.alive else None)
         agent.start()
         metrics.add(lambda: sensor_metrics(agent))
-        say(f"watching {', '.join(interfaces)}; Ctrl-C stops")
+        watched = ", ".join(interfaces) if len(interfaces) < 5 else f"{len(interfaces)} interfaces"
+        say(f"watching {watched}; Ctrl-C stops")
         if settings.metrics.enabled:
             say(f"metrics on http://{settings.metrics.address}:{settings.metrics.port}/metrics")
         from flowsage.pipelines.outputs import FindingWriter
