@@ -96,6 +96,12 @@ class LiveScoring:
             self.step(next_pane)
             next_pane = max(next_pane + pane, (time.time_ns() // pane) * pane)
 
+    def snapshot(self) -> Mapping[str, Value]:
+        """Windows, models and findings, for the metrics."""
+        from flowsage.pipelines.score import scoring_metrics
+
+        return scoring_metrics(self.scorer) | {"flowsage_flows_dead_lettered": self.dead}
+
     def finish(self) -> None:
         """Read the log to its end, score what is open."""
         while records := self._consumer.poll():
@@ -106,6 +112,7 @@ class LiveScoring:
     def step(self, now_ns: int) -> None:
         """One pane."""
         from flowsage.graph.flows import merge
+        from flowsage.pipelines.findings import to_json
 
         started = time.perf_counter()
         flows = merge(self._arrived) if self._arrived else _no_flows()
@@ -115,8 +122,6 @@ class LiveScoring:
         self.scorer.step(flows, now_ns, self._watermark_ns, self._sensor)
         with self.log.transaction() as transaction:
             for finding in self._told:
-                from flowsage.pipelines.findings import to_json
-
                 transaction.append(ANOMALIES_TOPIC, finding.host.encode(), to_json(finding).encode())
             transaction.commit_offsets(GROUP, FLOWS_TOPIC, self._consumer.position())
         for record in self._reader.poll():
@@ -194,7 +199,7 @@ def run_live(
 
         writer = stack.enter_context(closing(FindingWriter(findings, as_json=as_json)))
         scoring = LiveScoring(settings, log, writer, metrics)
-        metrics.add(scoring_metrics_of(scoring.scorer, scoring))
+        metrics.add(scoring.snapshot)
         if lab:
             from flowsage.pipelines.lab.lab import parse_schedule
 
@@ -208,13 +213,6 @@ def run_live(
         ledger = agent.join()
         scoring.finish()
         say(summary(ledger))
-
-
-def scoring_metrics_of(scorer: Scorer, live: LiveScoring | None = None):  # type: ignore[no-untyped-def]
-    """A metrics source that reads the scorer."""
-    from flowsage.pipelines.score import scoring_metrics
-
-    return lambda: scoring_metrics(scorer) | {"flowsage_flows_dead_lettered": live.dead if live else 0}
 
 
 def _progress(agent: Agent, scoring: LiveScoring, stopped: threading.Event, started: float) -> None:
