@@ -6,6 +6,7 @@ enters once, when it arrives; nothing said is taken back; the same steps give th
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -31,6 +32,9 @@ Array = npt.NDArray[Any]
 
 GRANDFATHERED = 30 * an.MINUTE
 """A beat that was there before this much of the stream, or of its source's life, is how they are."""
+
+THREADED = 1 << 14
+"""Contacts of a pane from which a second thread is worth its while."""
 
 VERSION = 1
 
@@ -116,6 +120,7 @@ class Alarms:
         self._tau = np.where(an.TAU > 0, an.TAU / c.time_scale, 0.0)
         self._span = np.maximum(self._block_ns / 1e9, self._tau)
         self._fade = np.log(2.0) / (an.WEEK / c.time_scale)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="alarms")
         self.internal = Internal(PRIVATE if c.internal is None else c.internal)
         self._parameters = self.calibration.parameters()
 
@@ -202,35 +207,50 @@ class Alarms:
         h = m.hosts.arrays
         born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
         cells = tuple(s.arrays["cells"].reshape(-1, 6) for s in (m.hosts, m.services, m.pairs, m.contacts))
-        touched = np.empty((n * levels.A + n, 3), np.int32)
-        active = np.empty((2, n), np.int64)
         known = np.stack((looked.known, looked.pair_known, looked.service_known)) > 0
-        raised, sources, targets = levels.raise_levels(  # type: ignore[call-arg]
-            slots, service, np.stack((c.flows, c.answered, c.failed)), told, c.bytes_fwd - c.bytes_rev, known,
-            np.ascontiguousarray(looked.C_ss, np.float64), tails, np.stack((c.first_ns, c.last_ns)), *cells, h["born"],
-            born, h["inside"], h["record"], h["active"], self._tau, self._span, self._block_ns / 1e9,
-            an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET,
-            self._fade, now, self._block, self._log_inc, self._log_meta, self._log_at, touched, active,
-        )  # fmt: skip
+        counts, sent = np.stack((c.flows, c.answered, c.failed)), c.bytes_fwd - c.bytes_rev
+        fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
+        sources, targets, news = levels.register(
+            slots, counts[2], known, h["born"], born, h["active"], now, self._block, fresh, active
+        )
         self._active[0].append(active[0, :sources])
         self._active[1].append(active[1, :targets])
-        raised = self._beats(now, c, slots, looked, touched, raised, cells[3])
-        found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
-        scale = config.time_scale
-        allowed = self.allowed if self._ready_at >= 0 else -1.0
-        count = levels.judge(  # type: ignore[call-arg]
-            touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._tau, self._span,
-            self._block_ns / 1e9, an.COLUMN, an.KIND, an.WIDTH, an.FAMILY, an.IS_TARGET,
-            np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE, an.JOINT, h["best"], h["causes"],
-            h["excluded"], h["smallest"], self._fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed,
-            found, values,
+        what = service, counts, told, sent, fresh, np.ascontiguousarray(looked.C_ss, np.float64), tails
+        levels.remember(
+            slots, *what, np.stack((c.first_ns, c.last_ns)), h["inside"], now, news, self._log_inc, self._log_meta,
+            self._log_at,
         )  # fmt: skip
-        return found[:count], values[:count]
+        strength = self._beats(c, slots, looked)
+        scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
+        allowed = self.allowed if self._ready_at >= 0 else -1.0
 
-    def _beats(
-        self, now: float, c: Contacts, slots: Array, looked: Looked, touched: Array, raised: int, cells: Array
-    ) -> int:
-        """Beats of the pane's contacts into the cells of the beacon analytic."""
+        def judged(part: int, parts: int) -> tuple[Array, Array]:
+            touched = np.empty((n * levels.A + n, 3), np.int32)
+            raised = levels.raise_levels(  # type: ignore[call-arg]
+                part, parts, slots, *what, *cells, h["born"], h["inside"], h["record"], self._tau, self._span, step,
+                *kinds, an.IS_TARGET, self._fade, now, touched,
+            )  # fmt: skip
+            raised = levels.set_statistic(
+                part, parts, slots[0], cells[3], slots[4], strength, an.BEACON, 1, 0, now, touched, raised
+            )
+            found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
+            count = levels.judge(  # type: ignore[call-arg]
+                touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._tau, self._span,
+                step, *kinds, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE,
+                an.JOINT, h["best"], h["causes"], h["excluded"], h["smallest"], self._fade, now, an.HOUR / scale,
+                an.DAY / scale, QUIET / scale, allowed, found, values,
+            )  # fmt: skip
+            return found[:count], values[:count]
+
+        if n < THREADED:
+            return judged(0, 1)
+        other = self._thread.submit(judged, 1, 2)
+        mine = judged(0, 2)
+        theirs = other.result()
+        return np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
+
+    def _beats(self, c: Contacts, slots: Array, looked: Looked) -> Array:
+        """Strength f8[c] of the beat of each contact's key, after the pane's contacts."""
         m, scale = self.memory, self.config.time_scale
         assert self._origin_ns is not None
         codes = m.codes.slots((c.service.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15), self._block)
@@ -242,11 +262,7 @@ class Alarms:
             m.contacts.arrays["born"], np.maximum(settled, m.hosts.arrays["born"][slots[0]] + GRANDFATHERED / scale),
             scale, strength,
         )  # fmt: skip
-        return int(
-            levels.set_statistic(
-                cells, slots[4], strength, an.BEACON, 1, 0, now, self._span[an.BEACON], touched, raised
-            )
-        )
+        return strength
 
     def _name(self, before: int, slots: Array, c: Contacts) -> None:
         """Names of the hosts whose slots are `before` and above, and whether they are ours."""

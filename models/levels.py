@@ -116,29 +116,16 @@ def _touch(cells, row, now, tau, span, fade, host_record, host, a, born, step): 
 
 
 @numba.njit(cache=True, nogil=True)
-def raise_levels(  # type: ignore[no-untyped-def]
-    slots, service, counts, told, sent, known, surprise, tails, times,
-    hosts, services, pairs, contacts, host_born, born, inside, host_record, active_block,
-    tau, span, step, column, kind, width, is_target, fade, now, block,
-    log_inc, log_meta, log_at,
-    touched, active,
-):  # fmt: skip
-    """Every contact once into every level that it raises.
+def register(slots, failed, known, host_born, born, active_block, now, block, fresh, active):  # type: ignore[no-untyped-def]
+    """Births of hosts and keys, and who is active for the first time in the block.
 
-    slots i32[5, c]: source and target host, (source, service), pair, contact. counts i32[3, c]: flows, answered,
-    failed. known bool[3, c]: history knows the contact, the pair, the service. times i64[2, c].
-    Writes touched i32[·, 3] (analytic, row, contact), active i32[2, ·] hosts new in the block, and the log.
-    Returns (touched, active sources, active targets).
+    Writes fresh bool[c, 3] (the contact, the pair, the source's use of the service: never counted, and history does not
+    know it either) and active i32[2, ·]. Returns (active sources, active targets, contacts that are new or failed).
     """
-    out = np.zeros(len(kind))
-    both, fresh = np.zeros(2, np.bool_), np.zeros(3, np.bool_)
-    half, routine_from = len(log_meta) // 2, len(service) - len(log_meta) // 2
-    m, actives = 0, np.zeros(2, np.int64)
-    for i in range(len(service)):
-        source, target = slots[0, i], slots[1, i]
+    actives, news = np.zeros(2, np.int64), 0
+    for i in range(slots.shape[1]):
         for role in range(2):
             host = slots[role, i]
-            both[role] = inside[host]
             if host_born[host] < 0.0:
                 host_born[host] = now
             if active_block[host, role] != block:
@@ -146,16 +133,67 @@ def raise_levels(  # type: ignore[no-untyped-def]
                 active[role, actives[role]] = host
                 actives[role] += 1
         for j in range(3):
-            fresh[j] = False
+            fresh[i, j] = False
             births = born[j]
             slot = slots[4 - j, i]
             if births[slot] < 0.0:
                 births[slot] = now
-                fresh[j] = not known[j, i]
+                fresh[i, j] = not known[j, i]
+        news += fresh[i, 0] or fresh[i, 2] or failed[i] > 0
+    return actives[0], actives[1], news
+
+
+@numba.njit(cache=True, nogil=True)
+def remember(  # type: ignore[no-untyped-def]
+    slots, service, counts, told, sent, fresh, surprise, tails, times, inside, now, news, log_inc, log_meta, log_at
+):
+    """The contacts into the log, what is new or failed apart from routine, so that routine does not push it out.
+
+    What this very pane would overwrite again is left out: `news` is how many are new or failed.
+    """
+    both, out, half, n = np.zeros(2, np.bool_), np.zeros(log_inc.shape[1]), len(log_meta) // 2, len(service)
+    seen = np.zeros(2, np.int64)
+    skip = np.array([news - half, n - news - half])
+    for i in range(n):
+        which = 0 if fresh[i, 0] or fresh[i, 2] or counts[2, i] > 0 else 1
+        seen[which] += 1
+        if seen[which] <= skip[which]:
+            continue
+        source, target = slots[0, i], slots[1, i]
+        both[0], both[1] = inside[source], inside[target]
         contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], both,
-                      fresh[1], fresh[0], fresh[2], surprise[i], tails[i], out)  # fmt: skip
+                      fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], tails[i], out)  # fmt: skip
+        at = which * half + log_at[which] % half
+        log_at[which] += 1
+        log_meta[at, 0], log_meta[at, 1], log_meta[at, 2] = source, target, service[i]
+        log_meta[at, 3], log_meta[at, 4], log_meta[at, 5] = times[0, i], times[1, i], counts[0, i]
+        log_meta[at, 6] = np.int64(now * 1e9)
+        log_inc[at] = out
+
+
+@numba.njit(cache=True, nogil=True)
+def raise_levels(  # type: ignore[no-untyped-def]
+    part, parts, slots, service, counts, told, sent, fresh, surprise, tails,
+    hosts, services, pairs, contacts, host_born, inside, host_record,
+    tau, span, step, column, kind, width, is_target, fade, now, touched,
+):  # fmt: skip
+    """Every contact once into every level that it raises, as far as the level's host is of this part.
+
+    A level belongs to its host, source or target, and hosts are dealt out by slot: parts share no cell.
+    slots i32[5, c]: source and target host, (source, service), pair, contact. counts i32[3, c]: flows, answered,
+    failed. Writes touched i32[·, 3] (analytic, row, contact); returns how many.
+    """
+    out, both, m = np.zeros(len(kind)), np.zeros(2, np.bool_), 0
+    for i in range(len(service)):
+        source, target = slots[0, i], slots[1, i]
+        mine, theirs = source % parts == part, target % parts == part
+        if not (mine or theirs):
+            continue
+        both[0], both[1] = inside[source], inside[target]
+        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], both,
+                      fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], tails[i], out)  # fmt: skip
         for a in range(len(kind)):
-            if out[a] <= 0.0:
+            if out[a] <= 0.0 or not (theirs if is_target[a] else mine):
                 continue
             owner = target if is_target[a] else source
             if kind[a] == 0:
@@ -171,17 +209,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
                 touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
                 m += 1
             cells[row, LEVEL] += out[a]
-        # What is new or failed is remembered apart from routine, so that routine does not push it out.
-        which = 0 if fresh[0] or fresh[2] or counts[2, i] > 0 else 1
-        if which == 1 and i < routine_from:
-            continue  # it would be overwritten in this very pane
-        at = which * half + log_at[which] % half
-        log_at[which] += 1
-        log_meta[at, 0], log_meta[at, 1], log_meta[at, 2] = source, target, service[i]
-        log_meta[at, 3], log_meta[at, 4], log_meta[at, 5] = times[0, i], times[1, i], counts[0, i]
-        log_meta[at, 6] = np.int64(now * 1e9)
-        log_inc[at] = out
-    return m, actives[0], actives[1]
+    return m
 
 
 @numba.njit(cache=True, nogil=True)
@@ -272,9 +300,11 @@ def judge(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def set_statistic(cells, slots, strength, a, width, column, now, span, touched, m):  # type: ignore[no-untyped-def]
-    """A statistic that is computed (a beat's strength), not summed, becomes the level of its cells."""
+def set_statistic(part, parts, source, cells, slots, strength, a, width, column, now, touched, m):  # type: ignore[no-untyped-def]
+    """A statistic that is computed (a beat's strength), not summed, becomes the level of its cells, of this part."""
     for i in np.flatnonzero(strength > 0.0):
+        if source[i] % parts != part:
+            continue
         row = slots[i] * width + column
         if cells[row, AT] != now:
             cells[row, AT] = now

@@ -194,3 +194,18 @@ def test_updates_are_throttled_and_need_something_worse():
     assert episodes.offer(START + MINUTE, [offer("h", "sweep", 1e-12)], 1e-3) == []
     assert [f.activity for f in episodes.offer(START + 6 * MINUTE, [offer("h", "sweep", 1e-12)], 1e-3)] == ["update"]
     assert episodes.offer(START + 20 * MINUTE, [offer("h", "sweep", 5e-13)], 1e-3) == []
+
+
+def test_two_threads_say_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = scene("host scan", 1)
+    said = []
+    for least in (0, 1 << 30):
+        monkeypatch.setattr("flowsage.models.alarms.THREADED", least)
+        watch = Watch(LOUD)
+        findings = watch.run(rows, BEGIN + 72)
+        arrays, _ = watch.alarms.state()
+        said.append((findings, arrays))
+    assert said[0][0] == said[1][0]
+    assert created(said[0][0])
+    for name, array in said[0][1].items():
+        assert np.array_equal(array, said[1][1][name]), name
