@@ -80,7 +80,7 @@ TABLE: tuple[Analytic, ...] = (
     Analytic("guess", "credential", "source", PAIR, HOUR, "T1110", "sessions",
              "{host} opened {observed} sessions on {service} of {peer} in {span}", 10),
     Analytic("fail", "scan", "source", HOST, HOUR, "T1046", "failed flows",
-             "{observed} flows of {host}{on} failed in {span}", 10),
+             "{observed} flows of {host}{on} failed in {span}", 6),
     Analytic("lateral", "lateral", "source", HOST, HOUR, "T1021", "new internal peers",
              "{host} reached {observed} new internal peers{on} in {span}", 3),
     Analytic("exfil", "exfiltration", "source", PAIR, MINUTE, "T1048", "bytes",
@@ -129,10 +129,11 @@ IS_TARGET = np.array([a.role == "target" for a in TABLE])
 TAU = np.array([a.tau for a in TABLE])
 COLUMN = np.array([sum(b.kind == a.kind for b in TABLE[:i]) for i, a in enumerate(TABLE)], np.int64)
 """Position of an analytic among those of its kind."""
-SHARE = np.array([{"beacon": 0.25, "sweep": 0.15}.get(a.name, 0.075) for a in TABLE])
+SHARE = np.array([{"beacon": 0.25, "sweep": 0.15, "exfil": 0.15, "fail": 0.15}.get(a.name, 0.075) for a in TABLE])
 """Share of an analytic in the budget: p of a host is the smallest p / share (weighted Bonferroni, Genovese 2006, with
 ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
-minute, so a beat and a slow scan need larger shares, and the others hardly miss them."""
+minute, so a beat and a slow scan (of one service, or of many) need larger shares, and the others hardly miss them. So
+does an upload: bytes have the heaviest tail of all."""
 LEARNS = np.array([a.learns for a in TABLE])
 LEAST = np.array([a.least if a.tau == 0 else np.log1p(a.least / a.scale) for a in TABLE])
 """x below which nothing is raised."""
@@ -190,5 +191,6 @@ def contributions(  # type: ignore[no-untyped-def]
     if tcp and _among(port, LOGIN_PORTS):
         out[GUESS] = flows
     if inside[0] and sent > 0:
-        out[EXFIL] = sent / BYTES_SCALE
+        # A burst within the network is a copy; what a host sends outside is judged by what it has sent outside before.
+        out[EXFIL] = 0.0 if inside[1] else sent / BYTES_SCALE
         out[DRIP] = sent / BYTES_SCALE
