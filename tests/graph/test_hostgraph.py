@@ -314,11 +314,15 @@ def test_memory_that_nobody_holds_is_forgotten_first(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(memory, "_LIMIT", 3_000_000)
     held = memory.empty(1_000_000, np.uint8)
     where = memory.empty(1_000_000, np.uint8).ctypes.data
-    more = [memory.empty(1_100_000 + k, np.uint8) for k in range(2)]
-    assert sum(len(b) for b in memory._buffers) <= 3_600_000
-    del held
-    assert memory.empty(1_000_000, np.uint8).ctypes.data != where
-    assert len(more) == 2
+
+    def remembered(address: int) -> bool:
+        return any(b.ctypes.data <= address < b.ctypes.data + len(b) for b in memory._buffers)
+
+    new = memory.empty(1_100_000, np.uint8)
+    assert not remembered(where)
+    assert remembered(held.ctypes.data)
+    assert remembered(new.ctypes.data)
+    assert sum(len(b) for b in memory._buffers) <= 3_000_000
     memory._buffers.clear()
 
 
