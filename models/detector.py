@@ -82,8 +82,8 @@ class Detector:
         scores = self.history.score(flows, run)
         first = scores.known == 0
         tails = np.full(len(run), np.nan)
-        for k, (begin, end) in enumerate(zip(run.offsets[:-1], run.offsets[1:], strict=True)):
-            if self.prior is not None:
+        if self.prior is not None:
+            for k, (begin, end) in enumerate(zip(run.offsets[:-1], run.offsets[1:], strict=True)):
                 window, fresh = run.slice(k), first[begin:end]
                 tails[begin:end] = self.prior.tail(window, fresh)
                 self.prior.learn(window, fresh)

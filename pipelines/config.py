@@ -104,9 +104,6 @@ class WindowSettings(_Section):
     window: Duration = Field(60 * SECOND, description="history and graph learn from windows of this length")
     pane: Duration = Field(10 * SECOND, description="alarms look this often")
     lateness: Duration = Field(0, description="how long a window waits beyond what its sensors' watermarks say")
-    sensor_timeout: Duration = Field(
-        30 * SECOND, description="a sensor silent for so long no longer holds windows back"
-    )
 
 
 class ModelSettings(_Section):
