@@ -11,6 +11,7 @@ import os
 import select
 import threading
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from flowsage.collector.errors import ConfigurationError, FlowsageError
 from flowsage.collector.interface import driver_of, in_namespace, index_of, is_running, require_ethernet, vlan_offload
 from flowsage.collector.ledger import Ledger, Snapshot
 from flowsage.collector.program import FlowProgram, FlowSettings
-from flowsage.collector.publish import PublishCounts, Sink
+from flowsage.collector.publish import Origin, PublishCounts, Sink
 from flowsage.collector.records import RECORD_DTYPE, to_batch
 from flowsage.collector.xdp import EBPFAttachMode
 
@@ -48,6 +49,7 @@ class AgentSettings:
     idle_timeout, active_timeout, half_open_timeout, linger    see bpf/flow.h
     sweep_interval    how often the table is searched for flows that ended or timed out
     poll_interval     how often the ring is drained
+    heartbeat_interval  a sweep that finds nothing to hand on sends the watermark alone, at most so often
     """
 
     name: str
@@ -64,6 +66,7 @@ class AgentSettings:
     linger: int = 1 * SECOND
     sweep_interval: int = 1 * SECOND
     poll_interval: int = SECOND // 10
+    heartbeat_interval: int = 1 * SECOND
 
 
 @dataclass
@@ -116,6 +119,9 @@ class Agent:
         self._sink_failed = False
         self._next_sweep_ns = 0
         self._watermark_ns = 0
+        self._boot = ""
+        self._sequence = 0
+        self._handed_on_ns = 0
         self._final: Snapshot | None = None
 
     # ---- start and stop ----
@@ -128,6 +134,7 @@ class Agent:
                 for watched in self._watched:
                     require_ethernet(watched.name)
                 self.program.load()
+                self._boot = uuid.uuid4().hex
                 now = self.clock.monotonic_ns()
                 for watched in self._watched:
                     self._attach(watched)
@@ -281,9 +288,14 @@ class Agent:
             # What remains in the table began within the active timeout: see the walk in bpf/flow.bpf.c.
             watermark = swept_ns - self.settings.active_timeout + self.clock.offset_ns
             self._watermark_ns = max(self._watermark_ns, watermark)
-        if len(records) or swept_ns is not None:
+        if len(records) or (swept_ns is not None and self._heartbeat_due(swept_ns)):
             self._hand_on(records)
         return len(records)
+
+    def _heartbeat_due(self, now_ns: int) -> bool:
+        # Sweeps come a little early or late.
+        silence = now_ns - self._handed_on_ns + self.settings.sweep_interval // 2
+        return silence >= self.settings.heartbeat_interval and self.sink.ready()
 
     def _hand_on(self, records: npt.NDArray[Any]) -> None:
         self.ledger.drain(records)
@@ -291,12 +303,17 @@ class Agent:
             self.ledger.lose("sink failed", len(records))
             return
         batch = to_batch(records, clock_offset_ns=self.clock.offset_ns, sensor=self.settings.name)
+        origin = Origin(
+            sensor=self.settings.name, boot=self._boot, sequence=self._sequence, watermark_ns=self._watermark_ns
+        )
         try:
-            self.sink.put(batch, self._watermark_ns)
+            self.sink.put(batch, origin)
         except BaseException:
             self._sink_failed = True
             self.ledger.lose("sink failed", len(records))
             raise
+        self._sequence += 1
+        self._handed_on_ns = self.clock.monotonic_ns()
         self.ledger.acknowledge(len(records))
 
     @property

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import pyarrow as pa
 
 from flowsage.collector.errors import FlowsageError, UsageError
+from flowsage.collector.publish import Origin, Sink
 from flowsage.collector.records import END_REASONS, FLOW_SCHEMA
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class OutputClosedError(OutputError):
     exit_code = 0
 
 
-class ParquetOutput:
+class ParquetOutput(Sink):
     """Parquet files in a directory: zstd, addresses dictionary-encoded, `FLOW_SCHEMA`.
 
     rotate_bytes, rotate_s    a file is finished at this size, or this long after it was begun
@@ -86,9 +87,9 @@ class ParquetOutput:
                 f"the output directory {directory} cannot be written to; choose another, or change its mode"
             )
 
-    def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
+    def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
         """Take `batch`; finish the file where it is due."""
-        del watermark_ns
+        del origin
         if not self._rows and self._writer is None:
             self._began = self._monotonic()
         if len(batch):
@@ -187,15 +188,15 @@ def format_lines(batch: pa.RecordBatch) -> list[str]:
     return lines
 
 
-class LinesOutput:
+class LinesOutput(Sink):
     """A readable line a record on a text stream. Raises OutputClosedError once nobody reads any more."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
 
-    def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
+    def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
         """Write the lines of `batch`."""
-        del watermark_ns
+        del origin
         if not len(batch):
             return
         try:

@@ -1,9 +1,9 @@
 """Flow batches on their way out: to consumers in this process as they are, or to a log as Arrow IPC.
 
-A `Sink` takes record batches with the sensor's watermark. In one process the consumer is the sink and nothing is
-serialised. `Publisher` is the sink that appends to a `Log` (the in-memory one, Kafka): a batch becomes one record,
-keyed by sensor, numbered by boot and sequence, described by CloudEvents headers. What the log does not take goes to the
-spool, and follows in order once the log takes again.
+A `Sink` takes record batches, each with its `Origin`: the agent numbers them. In one process the consumer is the sink
+and nothing is serialised. `Publisher` is the sink that appends to a `Log` (the in-memory one, Kafka): a batch becomes
+one record, keyed by sensor, described by CloudEvents headers. What the log does not take goes to the spool, and follows
+in order once the log takes again.
 
 Every record that is handed in is acknowledged, spooled, or lost for a named reason: `PublishCounts`.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -42,19 +42,16 @@ class Log(Protocol):
         """Append one record."""
 
 
-class Sink(Protocol):
-    """Who takes an agent's batches."""
-
-    def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
-        """Take `batch` (it may be empty): no flow that began before `watermark_ns` (Unix time) follows after it."""
-
-    def close(self) -> None:
-        """Nothing follows."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Whose batch it is: the sensor, this run of it, the batch's number in the run, and the sensor's watermark."""
+    """Whose batch it is, and which.
+
+    sensor        its name
+    boot          one life of the program in the kernel; a restart of the collector that adopts it goes on with the same
+    sequence      of the batch in that life, from 0, without gaps, heartbeats (empty batches) included: a gap is a lost
+                  batch, a number seen before is a repeat of the same batch
+    watermark_ns  no flow that began before it (Unix time) follows after this batch
+    """
 
     sensor: str
     boot: str
@@ -88,6 +85,26 @@ class Origin:
             ("ce_watermark", b"%d" % self.watermark_ns),
             ("content-type", CONTENT_TYPE.encode()),
         ]
+
+
+class Sink(ABC):
+    """Who takes an agent's batches."""
+
+    @abstractmethod
+    def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
+        """Take `batch` (empty: a heartbeat). Once it returns, the batch is the sink's; where it raises, it is not."""
+
+    def ready(self) -> bool:
+        """Asked when a heartbeat is due: does it make sense to send one? A sink with a backlog works on it here."""
+        return True
+
+    def last_sequence(self, boot: str) -> int | None:
+        """Number of the last batch of `boot` that this sink took in any process; None: it has none, or cannot tell."""
+        del boot
+        return None
+
+    def close(self) -> None:  # noqa: B027
+        """Nothing follows."""
 
 
 def serialise(batch: pa.RecordBatch, origin: Origin, *, compression: str | None = "zstd") -> bytes:
@@ -133,14 +150,12 @@ class PublishCounts:
         return self.handed + self.resumed - self.acknowledged - self.pending - sum(self.lost.values())
 
 
-class Publisher:
+class Publisher(Sink):
     """The sink that appends to a log, with a spool behind it.
 
     log         where to; whatever it raises means that it did not take the record
     spool       where batches wait when it does not; None: they are lost, counted
-    heartbeat_s   an empty batch (a watermark and nothing else) is appended at most so often
     retry_s     how long to leave the log alone after a refusal
-    boot        names this run of the sensor; sequences begin at 0 with each
     """
 
     def __init__(
@@ -150,42 +165,35 @@ class Publisher:
         sensor: str,
         topic: str = FLOWS_TOPIC,
         spool: Spool | None = None,
-        heartbeat_s: float = 1.0,
         retry_s: float = 1.0,
-        boot: str | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log = log
         self._topic = topic
         self._sensor = sensor
         self._spool = spool
-        self._heartbeat_s = heartbeat_s
         self._retry_s = retry_s
         self._monotonic = monotonic
-        self._last_append = float("-inf")
         self._retry_at = float("-inf")
-        self._sequence = 0
-        self.boot = boot or uuid.uuid4().hex
         self.counts = PublishCounts()
         if spool is not None:
             self.counts.resumed = self.counts.pending = spool.pending_records
             self._dropped = spool.dropped_records
 
-    def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
+    def ready(self) -> bool:
+        """Nothing waits in the spool, or everything has just left it: a heartbeat would not have to wait."""
+        self.drain()
+        return self._monotonic() >= self._retry_at and not (self._spool and self._spool.pending_batches)
+
+    def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
         """Append `batch`, or spool it. Never raises for what the log or the disk does."""
         self.drain()
-        heartbeat = not len(batch)
-        if heartbeat and self._monotonic() - self._last_append < self._heartbeat_s:
-            return
-        origin = Origin(sensor=self._sensor, boot=self.boot, sequence=self._sequence, watermark_ns=watermark_ns)
         value = serialise(batch, origin)
         self.counts.handed += len(batch)
         # Nothing overtakes what waits: a newer watermark before older records would make them late.
         waiting = self._spool is not None and self._spool.pending_batches > 0
         if not waiting and self._append(value, origin):
             self.counts.acknowledged += len(batch)
-        elif heartbeat:
-            return
         elif self._spool is None:
             self._lose("log refused, no spool", len(batch))
         else:
@@ -195,7 +203,6 @@ class Publisher:
                 logger.error("%s; %d flow records are lost", error, len(batch))
                 self._lose("spool failed", len(batch))
         self.counts.batches += 1
-        self._sequence += 1
         self._settle()
 
     def drain(self) -> None:
@@ -242,7 +249,6 @@ class Publisher:
         if self._retry_at > float("-inf"):
             logger.info("the log takes flow records again")
             self._retry_at = float("-inf")
-        self._last_append = now
         return True
 
     def _fate(self) -> str:

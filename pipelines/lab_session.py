@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from flowsage.collector.agent import Agent
 from flowsage.collector.collect import summary
+from flowsage.collector.publish import Origin, Sink
 from flowsage.collector.records import FLOW_SCHEMA
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.lab import Lab, LabSettings, label_flows, run_lab
@@ -16,19 +17,17 @@ from flowsage.pipelines.outputs import write_parquet
 from flowsage.pipelines.sensor import agent_settings
 
 
-class Kept:
+class Kept(Sink):
     """A sink that keeps the batches."""
 
     def __init__(self) -> None:
         self.batches: list[pa.RecordBatch] = []
 
-    def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
+    def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
         """Keep `batch`."""
+        del origin
         if len(batch):
             self.batches.append(batch)
-
-    def close(self) -> None:
-        """Nothing follows."""
 
     def table(self) -> pa.Table:
         """Everything, in order of start."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,8 +187,10 @@ def run_live(
             say(f"lab: {len(network.hosts)} hosts in network namespaces, on one bridge; truth in {network.truth_path}")
         log = MemoryLog()
         log.consumer(GROUP, FLOWS_TOPIC)
-        publisher = Publisher(log, sensor=settings.sensor.name, heartbeat_s=settings.windows.pane / 2e9)
-        agent = Agent(agent_settings(settings, interfaces=interfaces, netns=netns), publisher)
+        sensor = agent_settings(settings, interfaces=interfaces, netns=netns)
+        agent = Agent(
+            replace(sensor, heartbeat_interval=settings.windows.pane // 2), Publisher(log, sensor=settings.sensor.name)
+        )
         stack.callback(lambda: agent.stop() if agent.alive else None)
         agent.start()
         metrics.add(lambda: sensor_metrics(agent))

@@ -15,7 +15,7 @@ from flowsage.collector.agent import Agent, AgentSettings
 from flowsage.collector.clock import CLOCK_STEP_NS, UnixClock
 from flowsage.collector.errors import ConfigurationError, InterfaceError
 from flowsage.collector.interface import in_namespace, read_interface
-from flowsage.collector.publish import FLOWS_TOPIC, Publisher, deserialise
+from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, Sink, deserialise
 from flowsage.collector.records import FLOW_SCHEMA, packets_in
 from flowsage.pipelines.log import MemoryLog
 from tests.collector.wires import Wire, attached, conversation, eventually, ip, udp, wire
@@ -29,19 +29,20 @@ def cable():
         yield made
 
 
-class Keep:
-    """A sink that keeps everything, and checks the watermark's promise as it goes."""
+class Keep(Sink):
+    """A sink that keeps everything, and checks the watermark's promise and the numbers as it goes."""
 
     def __init__(self) -> None:
         self.batches: list[pa.RecordBatch] = []
         self.watermarks: list[int] = []
         self.closed = 0
 
-    def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
+    def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
+        assert origin.sequence == len(self.batches), "numbered without gaps, heartbeats included"
         if self.watermarks and len(batch):
             assert min(batch["start_ns"].to_pylist()) >= self.watermarks[-1]
         self.batches.append(batch)
-        self.watermarks.append(watermark_ns)
+        self.watermarks.append(origin.watermark_ns)
 
     def close(self) -> None:
         self.closed += 1
@@ -266,7 +267,7 @@ def test_a_mirror_port_drops_what_it_has_counted_and_any_other_passes_it_on(cabl
 
 def test_a_sink_that_fails_ends_the_sensor_with_its_error_and_every_record_named(cable):
     class Broken(Keep):
-        def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
+        def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
             if len(batch):
                 raise RuntimeError("no more")
 
@@ -281,6 +282,29 @@ def test_a_sink_that_fails_ends_the_sensor_with_its_error_and_every_record_named
     assert final.closes
     assert final.records_lost == {"sink failed": 29}
     assert not attached(cable)
+
+
+def test_a_quiet_wire_sends_heartbeats_at_the_rate_that_is_set_while_the_sink_wants_them(cable):
+    class Behind(Keep):
+        def ready(self) -> bool:
+            return False
+
+    sinks = Keep(), Behind(), Keep()
+    agents = [
+        Agent(settings(cable, heartbeat_interval=interval, active_timeout=MS, replace=True), sink)
+        for interval, sink in zip((50 * MS, 50 * MS, 3_600_000 * MS), sinks, strict=True)
+    ]
+    for agent, least, most in zip(agents, (3, 0, 0), (1000, 0, 1), strict=True):
+        sink = agent.sink
+        agent.open()
+        until = time.monotonic() + 0.4
+        while time.monotonic() < until:
+            agent.step()
+            time.sleep(0.01)
+        assert least <= len(sink.batches) <= most
+        assert all(watermark > 0 for watermark in sink.watermarks)
+        agent.close()
+        assert len(sink.batches) - least >= 1, "the last word is a watermark too"
 
 
 def test_published_records_are_those_of_the_ledger(cable):

@@ -5,23 +5,21 @@ import time
 import pyarrow as pa
 
 from flowsage.collector.agent import Agent, AgentSettings
+from flowsage.collector.publish import Origin, Sink
 from flowsage.collector.records import packets_in
 from tests.collector.wires import start_blast, wire
 
 MS = 1_000_000
 
 
-class Count:
+class Count(Sink):
     """A sink that counts."""
 
     packets = records = 0
 
-    def put(self, batch: pa.RecordBatch, watermark_ns: int) -> None:
+    def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
         self.packets += packets_in(batch)
         self.records += len(batch)
-
-    def close(self) -> None:
-        pass
 
 
 def watch_blast(*, flows: int, packets: int, rate: int, **settings: int):

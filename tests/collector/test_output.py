@@ -17,10 +17,12 @@ from flowsage.collector.output import (
     format_lines,
     human_bytes,
 )
+from flowsage.collector.publish import Origin
 from flowsage.collector.records import FLOW_SCHEMA, RECORD_DTYPE, to_batch
 from flowsage.graph.flows import from_table
 
 START = 1_795_507_201_123_000_000
+NEXT = Origin(sensor="edge", boot="b00t", sequence=0, watermark_ns=0)
 
 
 def batch(n: int, first: int = 0, **fields: object) -> pa.RecordBatch:
@@ -71,7 +73,7 @@ def test_files_are_seen_only_when_whole_and_hold_every_record(tmp_path):
         tmp_path, sensor="edge/1", row_group=100, rotate_s=60, monotonic=clock, realtime=lambda: START / 1e9
     )
     for i in range(10):
-        out.put(batch(50, 50 * i), 0)
+        out.put(batch(50, 50 * i), NEXT)
         clock.now += 20
         assert all(len(pq.read_table(f)) for f in tmp_path.glob("*.parquet"))
     out.close()
@@ -88,7 +90,7 @@ def test_files_are_seen_only_when_whole_and_hold_every_record(tmp_path):
 def test_a_file_is_finished_at_its_size(tmp_path):
     out = ParquetOutput(tmp_path, sensor="s", row_group=1000, rotate_bytes=10_000)
     for i in range(20):
-        out.put(batch(1000, 1000 * i), 0)
+        out.put(batch(1000, 1000 * i), NEXT)
     out.close()
     assert len(out.files) > 2
     assert sum(len(pq.read_table(f)) for f in out.files) == 20_000
@@ -96,7 +98,7 @@ def test_a_file_is_finished_at_its_size(tmp_path):
 
 def test_what_is_written_is_read_as_flows(tmp_path):
     out = ParquetOutput(tmp_path, sensor="s")
-    out.put(batch(300), 0)
+    out.put(batch(300), NEXT)
     out.close()
     flows = from_table(pq.read_table(out.files[0]))
     assert len(flows) == 300
@@ -110,7 +112,7 @@ def test_nothing_seen_writes_no_file_and_an_existing_file_is_never_replaced(tmp_
     assert list(tmp_path.iterdir()) == []
     for _ in range(2):
         out = ParquetOutput(tmp_path, sensor="s", realtime=lambda: 0.0)
-        out.put(batch(1), 0)
+        out.put(batch(1), NEXT)
         out.close()
     assert [f.name[-11:] for f in sorted(tmp_path.iterdir())] == ["000.parquet", "001.parquet"]
 
@@ -125,18 +127,18 @@ def test_a_disk_that_is_full_is_said_in_a_sentence(tmp_path):
     out = ParquetOutput(tmp_path, sensor="s", row_group=10)
     tmp_path.rename(tmp_path.with_name("gone"))
     with pytest.raises(OutputError, match="flow records cannot be written to"):
-        out.put(batch(20), 0)
+        out.put(batch(20), NEXT)
 
 
 def test_lines_stop_quietly_when_the_reader_has_gone():
     read, write = os.pipe()
     stream = os.fdopen(write, "w")
     lines = LinesOutput(stream)
-    lines.put(batch(2), 0)
+    lines.put(batch(2), NEXT)
     assert os.read(read, 65536).count(b"\n") == 2
     os.close(read)
     with pytest.raises(OutputClosedError) as caught:
-        lines.put(batch(2), 0)
+        lines.put(batch(2), NEXT)
     assert caught.value.exit_code == 0
     with pytest.raises(BrokenPipeError):
         stream.close()
@@ -144,5 +146,5 @@ def test_lines_stop_quietly_when_the_reader_has_gone():
 
 def test_an_empty_batch_writes_nothing():
     text = io.StringIO()
-    LinesOutput(text).put(batch(0), 0)
+    LinesOutput(text).put(batch(0), NEXT)
     assert text.getvalue() == ""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from flowsage.collector.errors import ConfigurationError
-from flowsage.collector.publish import FLOWS_TOPIC, Publisher, deserialise
+from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, deserialise
 from flowsage.collector.records import FLOW_SCHEMA, RECORD_DTYPE, to_batch
 from flowsage.collector.spool import Spool
 from flowsage.pipelines.log import MemoryLog
@@ -22,6 +22,18 @@ def batch(n: int, first: int = 0) -> pa.RecordBatch:
     records["ip_version"], records["start_ns"] = 4, np.arange(first, first + n)
     records["initiator"][:, 10:12] = records["responder"][:, 10:12] = 255
     return to_batch(records, clock_offset_ns=0, sensor="edge")
+
+
+class Agent:
+    """Hands batches to a sink as an agent does: numbered."""
+
+    def __init__(self, sink: Publisher, boot: str = "b00t") -> None:
+        self._sink, self._boot, self.sequence = sink, boot, 0
+
+    def put(self, batch: pa.RecordBatch, watermark_ns: int = 0) -> None:
+        origin = Origin(sensor="edge", boot=self._boot, sequence=self.sequence, watermark_ns=watermark_ns)
+        self._sink.put(batch, origin)
+        self.sequence += 1
 
 
 class Log(MemoryLog):
@@ -50,9 +62,10 @@ def delivered(log: MemoryLog) -> list[int]:
 
 def test_a_batch_is_one_log_record_that_tells_whose_it_is():
     log = Log()
-    publisher = Publisher(log, sensor="edge", boot="b00t")
-    publisher.put(batch(3), 42)
-    publisher.put(batch(2, 3), 43)
+    publisher = Publisher(log, sensor="edge")
+    agent = Agent(publisher)
+    agent.put(batch(3), 42)
+    agent.put(batch(2, 3), 43)
     first, second = log.consumer("test", FLOWS_TOPIC).poll()
     assert first.key == b"edge"
     headers = dict(first.headers)
@@ -71,52 +84,52 @@ def test_a_batch_is_one_log_record_that_tells_whose_it_is():
 def test_an_outage_is_spooled_and_follows_in_order(tmp_path):
     log, clock = Log(), Clock()
     publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path), monotonic=clock)
-    publisher.put(batch(2, 0), 0)
+    agent = Agent(publisher)
+    agent.put(batch(2, 0))
     log.up = False
     for i in range(5):
         clock.now += 0.4
-        publisher.put(batch(2, 2 + 2 * i), 0)
+        agent.put(batch(2, 2 + 2 * i))
     assert publisher.counts.pending == 10
     assert publisher.counts.balance == 0
     log.up = True
-    publisher.put(batch(2, 12), 0)
+    agent.put(batch(2, 12))
     assert publisher.counts.pending == 12, "the log is left alone for a moment, and nothing overtakes what waits"
     clock.now += 2
-    publisher.put(batch(2, 14), 0)
+    agent.put(batch(2, 14))
     assert publisher.counts.pending == 0
     assert delivered(log) == list(range(16))
     assert publisher.counts.acknowledged == 16
     assert publisher.counts.balance == 0
 
 
-def test_an_empty_batch_is_a_heartbeat_now_and_then_and_never_overtakes(tmp_path):
+def test_a_heartbeat_keeps_its_place_and_is_not_asked_for_while_it_would_wait(tmp_path):
     log, clock = Log(), Clock()
-    publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path), monotonic=clock, heartbeat_s=1.0)
-    for _ in range(30):
-        clock.now += 0.1
-        publisher.put(batch(0), 7)
-    assert 2 <= log.end_offsets(FLOWS_TOPIC)[0] <= 4
+    publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path), monotonic=clock)
+    agent = Agent(publisher)
+    assert publisher.ready()
+    agent.put(batch(0), 7)
     log.up = False
-    publisher.put(batch(1), 8)
+    agent.put(batch(1), 8)
+    assert not publisher.ready()
     clock.now += 5
-    publisher.put(batch(0), 9)
-    assert publisher.counts.pending == 1
+    assert not publisher.ready(), "it tried, and the log refuses still"
+    agent.put(batch(0), 9)
     log.up = True
     clock.now += 5
-    publisher.put(batch(0), 10)
-    clock.now += 5
-    publisher.put(batch(0), 11)
+    assert publisher.ready(), "asking sent what waited"
+    agent.put(batch(0), 10)
     records = log.consumer("test", FLOWS_TOPIC).poll()
-    ids = [int(dict(r.headers)["ce_sequence"]) for r in records]
-    assert ids == list(range(len(ids))), "no number is used up by a heartbeat that was not sent"
-    assert [dict(r.headers)["ce_watermark"] for r in records][-2:] == [b"8", b"11"]
+    assert [dict(r.headers)["ce_id"] for r in records] == [b"b00t/%d" % i for i in range(4)]
+    assert [dict(r.headers)["ce_watermark"] for r in records] == [b"7", b"8", b"9", b"10"]
 
 
 def test_without_a_spool_a_refused_batch_is_a_named_loss():
     log = Log()
     log.up = False
     publisher = Publisher(log, sensor="edge")
-    publisher.put(batch(4), 0)
+    agent = Agent(publisher)
+    agent.put(batch(4))
     assert publisher.counts.lost == {"log refused, no spool": 4}
     assert publisher.counts.balance == 0
 
@@ -127,8 +140,9 @@ def test_the_spool_keeps_its_bound_by_giving_up_the_oldest_which_are_counted(tmp
     size = len(batch(100).serialize())
     spool = Spool(tmp_path, max_bytes=5 * size)
     publisher = Publisher(log, sensor="edge", spool=spool, monotonic=clock)
+    agent = Agent(publisher)
     for i in range(40):
-        publisher.put(batch(100, 100 * i), 0)
+        agent.put(batch(100, 100 * i))
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) == spool.bytes <= 5 * size
     lost = publisher.counts.lost["spool full"]
     assert lost > 0
@@ -143,7 +157,8 @@ def test_a_batch_larger_than_the_whole_spool_is_lost_and_nothing_else(tmp_path):
     log = Log()
     log.up = False
     publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path, max_bytes=100))
-    publisher.put(batch(50), 0)
+    agent = Agent(publisher)
+    agent.put(batch(50))
     assert publisher.counts.lost == {"spool full": 50}
     assert publisher.counts.balance == 0
 
@@ -152,8 +167,9 @@ def test_a_damaged_file_in_the_spool_is_given_up_and_the_rest_follows(tmp_path):
     log, clock = Log(), Clock()
     log.up = False
     publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path), monotonic=clock)
+    agent = Agent(publisher)
     for i in range(3):
-        publisher.put(batch(10, 10 * i), 0)
+        agent.put(batch(10, 10 * i))
     middle = sorted(tmp_path.iterdir())[1]
     middle.write_bytes(middle.read_bytes()[:200])
     log.up, clock.now = True, 10
@@ -167,12 +183,13 @@ def test_a_disk_that_takes_nothing_is_a_named_loss(tmp_path, monkeypatch):
     log = Log()
     log.up = False
     publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path))
+    agent = Agent(publisher)
 
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    publisher.put(batch(3), 0)
+    agent.put(batch(3))
     assert publisher.counts.lost == {"spool failed": 3}
     assert publisher.counts.balance == 0
     assert list(tmp_path.iterdir()) == []
@@ -183,15 +200,16 @@ KILLED = """
     sys.path.insert(0, sys.argv[2])
     from flowsage.collector.publish import Publisher
     from flowsage.collector.spool import Spool
-    from tests.collector.test_publish import batch
+    from tests.collector.test_publish import Agent, batch
 
     class Down:
         def append(self, *args, **kwargs):
             raise ConnectionError("down")
 
-    publisher = Publisher(Down(), sensor="edge", spool=Spool(sys.argv[1]), boot="first")
+    publisher = Publisher(Down(), sensor="edge", spool=Spool(sys.argv[1]))
+    agent = Agent(publisher, "first")
     for i in itertools.count():
-        publisher.put(batch(20, 20 * i), 0)
+        agent.put(batch(20, 20 * i))
         print(i, flush=True)
 """
 
@@ -208,9 +226,10 @@ def test_a_sensor_killed_while_it_spools_loses_no_batch_that_was_in_the_spool(tm
     process.wait()
     process.stdout.close()
     log = Log()
-    publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path), boot="second")
+    publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path))
+    agent = Agent(publisher, "second")
     assert publisher.counts.resumed >= 20 * len(seen)
-    publisher.put(batch(1, -1), 0)
+    agent.put(batch(1, -1))
     times = delivered(log)
     assert times[: 20 * len(seen)] == list(range(20 * len(seen)))
     assert times[-1] == -1
