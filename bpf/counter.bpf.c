@@ -38,7 +38,7 @@ static __always_inline __u32 protocol_of(const struct packet *p)
 }
 
 SEC("xdp.frags")
-int counter_xdp(struct xdp_md *ctx)
+int xdp_counter(struct xdp_md *ctx)
 {
 	struct packet p = {.length = bpf_xdp_get_buff_len(ctx)};
 	__u32 row = parse_frame(ctx, &p) == PARSE_OK ? protocol_of(&p) : COUNTER_OTHER;

@@ -103,6 +103,12 @@ enum flow_counter {
 	FLOW_MISATTRIBUTED, /* packets left in another flow's record: its entry was reused and closed underneath */
 	FLOW_RING_FULL, /* reservations that failed: the flow stays in the table, or see LOST_* */
 	FLOW_SEQUENCE, /* records numbered */
+	FLOW_PACKETS_TCP, /* of what was seen; neither TCP nor UDP nor ICMP (ICMPv6 with it): the rest of SEEN */
+	FLOW_BYTES_TCP,
+	FLOW_PACKETS_UDP,
+	FLOW_BYTES_UDP,
+	FLOW_PACKETS_ICMP,
+	FLOW_BYTES_ICMP,
 	FLOW_COUNTERS,
 };
 

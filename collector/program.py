@@ -51,6 +51,12 @@ COUNTERS = (
     "misattributed",
     "ring_full",
     "sequence",
+    "packets_tcp",
+    "bytes_tcp",
+    "packets_udp",
+    "bytes_udp",
+    "packets_icmp",
+    "bytes_icmp",
 )
 """enum flow_counter of bpf/flow.h, in order, in lower case and without its prefix."""
 

@@ -64,7 +64,7 @@ def test_a_program_lives_from_load_to_unload() -> None:
         assert loader.verify_program_loaded(program_id)
         assert loader.verify_program_detached(program_id)
         (program,) = loader.list_loaded_programs()
-        assert (program.program_id, program.name, program.path) == (program_id, "counter_xdp", COUNTER)
+        assert (program.program_id, program.name, program.path) == (program_id, "xdp_counter", COUNTER)
         loader.unload_program(program_id)
         assert not loader.verify_program_loaded(program_id)
         assert loader.list_loaded_programs() == []
