@@ -304,7 +304,11 @@ class Agent:
             return
         batch = to_batch(records, clock_offset_ns=self.clock.offset_ns, sensor=self.settings.name)
         origin = Origin(
-            sensor=self.settings.name, boot=self._boot, sequence=self._sequence, watermark_ns=self._watermark_ns
+            sensor=self.settings.name,
+            boot=self._boot,
+            sequence=self._sequence,
+            watermark_ns=self._watermark_ns,
+            drained_ns=self.clock.monotonic_ns() + self.clock.offset_ns,
         )
         try:
             self.sink.put(batch, origin)

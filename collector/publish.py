@@ -51,22 +51,26 @@ class Origin:
     sequence      of the batch in that life, from 0, without gaps, heartbeats (empty batches) included: a gap is a lost
                   batch, a number seen before is a repeat of the same batch
     watermark_ns  no flow that began before it (Unix time) follows after this batch
+    drained_ns    when the batch left the ring, by the sensor's clock (Unix time), however long it is spooled after;
+                  0: not known
     """
 
     sensor: str
     boot: str
     sequence: int
     watermark_ns: int
+    drained_ns: int = 0
 
     @classmethod
     def of(cls, table: pa.Table) -> Origin:
         """From the metadata of a deserialised batch; raises KeyError or ValueError where it is not there."""
-        values = {name: table.schema.metadata[b"flowsage." + name.encode()].decode() for name in cls.__annotations__}
+        metadata = table.schema.metadata or {}
         return cls(
-            sensor=values["sensor"],
-            boot=values["boot"],
-            sequence=int(values["sequence"]),
-            watermark_ns=int(values["watermark_ns"]),
+            sensor=metadata[b"flowsage.sensor"].decode(),
+            boot=metadata[b"flowsage.boot"].decode(),
+            sequence=int(metadata[b"flowsage.sequence"]),
+            watermark_ns=int(metadata[b"flowsage.watermark_ns"]),
+            drained_ns=int(metadata.get(b"flowsage.drained_ns", 0)),
         )
 
     def metadata(self) -> dict[bytes, bytes]:
