@@ -8,6 +8,7 @@ nothing learnt from an open window is used, so scores depend on the past alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -75,6 +76,25 @@ def test_p_values_of_host_windows_are_unknown_until_alarms_are_ready() -> None:
     soon = dataclasses.replace(config, alarms=dataclasses.replace(config.alarms, time_scale=15.0))
     last = run(Detector(soon), flows())[-1].p_values
     assert ((last > 0) & (last <= 1)).all()
+
+
+def test_a_saved_detector_goes_on_bit_for_bit() -> None:
+    config = DetectorConfig(meeting=dataclasses.replace(EARLY, exact_hosts=100))
+    batch = flows()
+    middle = int(batch.start_ns[len(batch) // 2]) // WINDOW_NS * WINDOW_NS
+    first, second = (batch.take(np.flatnonzero(late == (batch.start_ns >= middle))) for late in (False, True))
+    whole = Detector(config)
+    run(whole, first)
+    arrays, values = whole.state()
+    assert all(a.dtype != object for a in arrays.values())
+    other = Detector.restore(config, arrays, json.loads(json.dumps(values)))
+    for a, b in zip(run(whole, second), run(other, second), strict=True):
+        assert np.array_equal(a.scores.flow_score, b.scores.flow_score)
+        assert np.array_equal(a.tails, b.tails, equal_nan=True)
+        assert np.array_equal(a.p_values, b.p_values, equal_nan=True)
+    one, two = whole.state(), other.state()
+    assert one[1] == two[1]
+    assert all(np.array_equal(a, two[0][name], equal_nan=a.dtype.kind == "f") for name, a in one[0].items())
 
 
 @pytest.mark.parametrize("seed", [0, 1])
