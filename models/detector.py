@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.collector.errors import ConfigurationError
 from flowsage.graph.addresses import Internal
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch
@@ -25,6 +26,7 @@ from flowsage.models.meeting import MeetingConfig, MeetingPrior
 ALL_TIME = 1 << 62
 """Window length, ns, that holds every flow of a pane, whenever it started."""
 
+Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 
 
@@ -90,6 +92,38 @@ class Detector:
                 self.prior.learn(window, fresh)
         p_values = self.alarms.take_p_values(flows.hosts.hash[scores.host])
         return ClosedWindows(flows, run, scores, tails, p_values)
+
+    def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """(arrays, values for JSON): everything learnt, with the findings that are open. `restore` goes on from it.
+
+        Saving makes the graph embed everybody anew, so he who saves and he who restores go on bit for bit alike.
+        """
+        alarms, values = self.alarms.state()
+        parts = {"history": self.history.state(), "alarms": alarms}
+        if self.prior is not None:
+            parts["prior"] = self.prior.state()
+        arrays = {f"{part}/{name}": array for part, state in parts.items() for name, array in state.items()}
+        return arrays, {"alarms": values, "graph": self.prior is not None}
+
+    @classmethod
+    def restore(cls, config: DetectorConfig, arrays: dict[str, Array], values: dict[str, Any]) -> Detector:
+        """The detector that `state` describes, under the same configuration.
+
+        Raises ConfigurationError or ValueError where that state is of another version or configuration.
+        """
+
+        def part(name: str) -> dict[str, Array]:
+            return {k.removeprefix(name): v for k, v in arrays.items() if k.startswith(name)}
+
+        if values["graph"] != config.graph:
+            raise ConfigurationError(f"the state was learnt with model.graph={str(values['graph']).lower()}")
+        detector = cls(config)
+        detector.history = History.restore(part("history/"), config.history)
+        detector.alarms = Alarms.restore(config.alarms, part("alarms/"), values["alarms"])
+        if config.graph:
+            detector.prior = MeetingPrior(config.meeting, detector.alarms.internal)
+            detector.prior.restore(part("prior/"))
+        return detector
 
     def _tails(self, seen: Contacts, first: npt.NDArray[np.bool_]) -> Float64:
         if self.prior is None:
