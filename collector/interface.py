@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowsage.collector.errors import InterfaceError, PrivilegeError
+from flowsage.collector.errors import InterfaceError, MissingInterfaceError, PrivilegeError
 
 ETHERNET_TYPES = {1, 772}
 """ARPHRD types whose frames begin with an Ethernet header: Ethernet itself (and veth, bridges, VLANs), loopback."""
@@ -104,21 +104,22 @@ def index_of(name: str) -> int | None:
         return None
 
 
-def _missing(name: str) -> InterfaceError:
+def missing(name: str) -> MissingInterfaceError:
+    """The error for an interface that does not exist: names those that do, and the one that was probably meant."""
     names = sorted(n for _, n in socket.if_nameindex())
     close = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return InterfaceError(f"there is no interface {name!r} here{hint} (there are: {', '.join(names)})")
+    return MissingInterfaceError(f"there is no interface {name!r} here{hint} (there are: {', '.join(names)})")
 
 
 def read_interface(name: str) -> Interface:
     """What is known of the interface called `name`.
 
-    Raises InterfaceError, which names those that exist, for one that does not.
+    Raises MissingInterfaceError, which names those that exist, for one that does not.
     """
     index = index_of(name)
     if index is None:
-        raise _missing(name)
+        raise missing(name)
     # Imported here: a capture is read and a batch published without netlink.
     from pyroute2 import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
@@ -128,7 +129,7 @@ def read_interface(name: str) -> Interface:
             link = netlink.get_links(index)[0]
     except NetlinkError as error:
         if error.code == errno.ENODEV:
-            raise _missing(name) from error
+            raise missing(name) from error
         raise InterfaceError(f"the kernel does not describe interface {name!r}: {error}") from error
     xdp = link.get_attr("IFLA_XDP")
     program = xdp.get_attr("IFLA_XDP_PROG_ID") if xdp else None
@@ -157,7 +158,7 @@ def require_ethernet(name: str) -> None:
     and the first packet need not wait for it.
     """
     if index_of(name) is None:
-        raise _missing(name)
+        raise missing(name)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             answer = fcntl.ioctl(s, _SIOCGIFHWADDR, struct.pack("16s24x", name.encode()))

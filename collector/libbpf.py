@@ -1,7 +1,8 @@
 """The part of libbpf.so.1 that we use, through ctypes, with its errors turned into our tree.
 
 libbpf returns −errno or NULL and prints why; here its words are kept per thread and end up in the exception:
-PrivilegeError for EPERM, KernelSupportError where the kernel has no BTF, ProgramError otherwise.
+PrivilegeError for EPERM, KernelSupportError where the kernel has no BTF, ProgramError (ObjectError, RejectedError)
+otherwise.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flowsage.collector.errors import KernelSupportError, PrivilegeError, ProgramError
+from flowsage.collector import syscall
+from flowsage.collector.errors import KernelSupportError, ObjectError, PrivilegeError, ProgramError, RejectedError
 
 BTF = Path("/sys/kernel/btf/vmlinux")
 """Where a kernel built with CONFIG_DEBUG_INFO_BTF describes itself."""
 
-_BPF_XDP = 37  # enum bpf_attach_type
 _LAST_WORDS = 5
 _NOT_TOLD = ("processed ", "verification time", "stack depth")
 _said = threading.local()
@@ -37,38 +38,6 @@ class XdpQuery(ct.Structure):
         ("hw_prog_id", ct.c_uint32),
         ("skb_prog_id", ct.c_uint32),
         ("attach_mode", ct.c_uint8),
-    )
-
-
-class ProgramInfo(ct.Structure):
-    """`struct bpf_prog_info` up to the run statistics (linux/bpf.h)."""
-
-    _fields_ = (
-        ("type", ct.c_uint32),
-        ("id", ct.c_uint32),
-        ("tag", ct.c_uint8 * 8),
-        ("jited_prog_len", ct.c_uint32),
-        ("xlated_prog_len", ct.c_uint32),
-        ("jited_prog_insns", ct.c_uint64),
-        ("xlated_prog_insns", ct.c_uint64),
-        ("load_time", ct.c_uint64),
-        ("created_by_uid", ct.c_uint32),
-        ("nr_map_ids", ct.c_uint32),
-        ("map_ids", ct.c_uint64),
-        ("name", ct.c_char * 16),
-    )
-
-
-class LinkOptions(ct.Structure):
-    """`struct bpf_link_create_opts` up to flags."""
-
-    _fields_ = (
-        ("sz", ct.c_size_t),
-        ("flags", ct.c_uint32),
-        ("iter_info", ct.c_void_p),
-        ("iter_info_len", ct.c_uint32),
-        ("target_btf_id", ct.c_uint32),
-        ("rest", ct.c_uint64 * 8),
     )
 
 
@@ -111,12 +80,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_map__max_entries": (ct.c_uint32, (_POINTER,)),
     "bpf_map__initial_value": (_POINTER, (_POINTER, ct.POINTER(ct.c_size_t))),
     "bpf_map_lookup_elem": (ct.c_int, (_FD, _POINTER, _POINTER)),
-    "bpf_link_create": (_FD, (_FD, ct.c_int, ct.c_int, _POINTER)),
-    "bpf_link_detach": (ct.c_int, (_FD,)),
     "bpf_xdp_detach": (ct.c_int, (ct.c_int, ct.c_uint32, _POINTER)),
     "bpf_xdp_query": (ct.c_int, (ct.c_int, ct.c_int, ct.POINTER(XdpQuery))),
-    "bpf_obj_get_info_by_fd": (ct.c_int, (_FD, _POINTER, ct.POINTER(ct.c_uint32))),
-    "bpf_prog_get_fd_by_id": (_FD, (ct.c_uint32,)),
     "libbpf_num_possible_cpus": (ct.c_int, ()),
     "libbpf_set_print": (_POINTER, (_PRINT,)),
     "libbpf_version_string": (_TEXT, ()),
@@ -137,7 +102,16 @@ def library() -> Any:
     return lib
 
 
-def failure(code: int, what: str) -> ProgramError | PrivilegeError:
+def available() -> bool:
+    """Whether libbpf is installed. What needs no library works without: see collector/syscall.py."""
+    try:
+        library()
+    except KernelSupportError:
+        return False
+    return True
+
+
+def failure(code: int, what: str, kind: type[ProgramError] = ProgramError) -> ProgramError | PrivilegeError:
     """The exception for `what` having failed with errno `code`, with the last words of libbpf and the verifier."""
     words = [line.strip() for line in "".join(_words()).splitlines()]
     words = [line.removeprefix("libbpf: ") for line in words if line and "LOG --" not in line]
@@ -151,7 +125,7 @@ def failure(code: int, what: str) -> ProgramError | PrivilegeError:
         return KernelSupportError(
             f"{what}: {reason}. This kernel has no BTF ({BTF} is missing): boot one built with CONFIG_DEBUG_INFO_BTF=y"
         )
-    return ProgramError(f"{what}: {reason}")
+    return kind(f"{what}: {reason}")
 
 
 def _may_load() -> bool:
@@ -163,10 +137,10 @@ def _may_load() -> bool:
     return True
 
 
-def check(result: int, what: str) -> int:
+def check(result: int, what: str, kind: type[ProgramError] = ProgramError) -> int:
     """`result` of a libbpf call, or the exception for it."""
     if result < 0:
-        raise failure(-result, what)
+        raise failure(-result, what, kind)
     return result
 
 
@@ -180,13 +154,13 @@ class Object:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise ProgramError(f"no program object at {path}; build it with `make bpf`")
+            raise ObjectError(f"no program object at {path}; build it with `make bpf`")
         self.path = path
         self._lib = library()
         _words().clear()
         pointer = self._lib.bpf_object__open_file(os.fsencode(path), None)
         if not pointer:
-            raise failure(ct.get_errno(), f"{path} is not a program object that libbpf can open")
+            raise failure(ct.get_errno(), f"{path} is not a program object that libbpf can open", ObjectError)
         self._object: int | None = pointer
         self.programs = {self._lib.bpf_program__name(p).decode(): p for p in self._each("program")}
         self.maps = {self._lib.bpf_map__name(m).decode(): m for m in self._each("map")}
@@ -219,7 +193,7 @@ class Object:
     def load(self) -> None:
         """Hands everything to the kernel and its verifier."""
         _words().clear()
-        check(self._lib.bpf_object__load(self._object), f"the kernel refused {self.path}")
+        check(self._lib.bpf_object__load(self._object), f"the kernel refused {self.path}", RejectedError)
 
     def first_program(self, kind: int) -> str:
         """Name of the first program of that type (enum bpf_prog_type)."""
@@ -260,16 +234,17 @@ def read_pairs(fd: int, entries: int) -> list[tuple[int, int]]:
     return rows
 
 
-def program_info(fd: int) -> ProgramInfo:
+def program_info(fd: int) -> syscall.ProgramInfo:
     """What the kernel says of a program."""
-    info, size = ProgramInfo(), ct.c_uint32(ct.sizeof(ProgramInfo))
-    check(library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "asking for a program's description")
-    return info
+    try:
+        return syscall.info(fd, syscall.ProgramInfo)
+    except OSError as error:
+        raise failure(error.errno or errno.EINVAL, "asking for a program's description") from error
 
 
 def program_exists(program_id: int) -> bool:
     """Whether the kernel still knows a program by this id."""
-    fd: int = library().bpf_prog_get_fd_by_id(program_id)
+    fd = syscall.by_id("program", program_id)
     if fd == -errno.ENOENT:
         return False
     os.close(check(fd, f"looking for program {program_id}"))
@@ -279,24 +254,36 @@ def program_exists(program_id: int) -> bool:
 def xdp_query(ifindex: int) -> XdpQuery:
     """Which programs the kernel runs on an interface, by mode (ids, 0: none)."""
     query = XdpQuery(sz=ct.sizeof(XdpQuery))
-    check(library().bpf_xdp_query(ifindex, 0, ct.byref(query)), f"asking for the XDP program of interface {ifindex}")
+    if available():
+        check(
+            library().bpf_xdp_query(ifindex, 0, ct.byref(query)), f"asking for the XDP program of interface {ifindex}"
+        )
+        return query
+    from flowsage.collector import netlink
+
+    try:
+        query.attach_mode, query.prog_id, query.drv_prog_id, query.skb_prog_id, query.hw_prog_id = netlink.xdp(ifindex)
+    except OSError as error:
+        raise failure(error.errno or errno.EINVAL, f"asking for the XDP program of interface {ifindex}") from error
     return query
 
 
 def xdp_detach(ifindex: int, flags: int) -> int:
     """Detaches what netlink attached, in the mode of `flags`. Returns 0 or −errno (a link's program stays)."""
     _words().clear()
-    return int(library().bpf_xdp_detach(ifindex, flags, None))
+    if available():
+        return int(library().bpf_xdp_detach(ifindex, flags, None))
+    from flowsage.collector import netlink
+
+    return netlink.xdp_off(ifindex, flags)
 
 
 def link_detach(fd: int) -> None:
     """Detaches a link at once, whoever else holds it. Nothing is wrong where its interface is gone."""
-    library().bpf_link_detach(fd)
+    syscall.link_detach(fd)
 
 
 def xdp_link(program_fd: int, ifindex: int, flags: int) -> int:
     """Attaches by a link, which lasts as long as its descriptor. Returns that, or −errno."""
-    options = LinkOptions(sz=ct.sizeof(LinkOptions), flags=flags)
     _words().clear()
-    fd: int = library().bpf_link_create(program_fd, ifindex, _BPF_XDP, ct.byref(options))
-    return fd
+    return syscall.link_xdp(program_fd, ifindex, flags)

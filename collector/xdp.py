@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from flowsage.collector import libbpf
-from flowsage.collector.errors import InterfaceError
+from flowsage.collector.errors import AttachmentError, AttachModeError, BusyInterfaceError
+from flowsage.collector.interface import index_of, missing
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,11 @@ class EBPFAttachMode(StrEnum):
 
 
 def interface_index(interface: str) -> int:
-    """Index in this thread's network namespace. Raises InterfaceError for one that does not exist."""
-    try:
-        return socket.if_nametoindex(interface)
-    except OSError as error:
-        known = ", ".join(name for _, name in socket.if_nameindex())
-        raise InterfaceError(f"there is no interface {interface}; there are: {known}") from error
+    """Index in this thread's network namespace. Raises MissingInterfaceError for one that does not exist."""
+    index = index_of(interface)
+    if index is None:
+        raise missing(interface)
+    return index
 
 
 def attached_program(interface: str) -> tuple[str, int] | None:
@@ -80,7 +80,7 @@ class Attachment:
             return False
 
     def detach(self) -> None:
-        """Takes the program off. Idempotent; raises InterfaceError where the kernel still runs it afterwards."""
+        """Takes the program off. Idempotent; raises AttachmentError where the kernel still runs it afterwards."""
         if self.link_fd < 0:
             return
         libbpf.link_detach(self.link_fd)
@@ -88,7 +88,7 @@ class Attachment:
         self.link_fd = -1
         # From another namespace its index means nothing; the link itself is gone in any case.
         if _namespace() == self.namespace and self.present():
-            raise InterfaceError(
+            raise AttachmentError(
                 f"program {self.program_id} is still attached to {self.interface} after its link was closed"
             )
 
@@ -101,8 +101,9 @@ def _ids(ifindex: int) -> set[int]:
 def attach(program_fd: int, interface: str, mode: EBPFAttachMode, *, replace: bool = False) -> Attachment:
     """Attaches a loaded program to `interface` of this thread's namespace.
 
-    Raises InterfaceError for a missing interface, one that already runs a program (unless `replace`), or a mode that it
-    cannot do; PrivilegeError without CAP_NET_ADMIN.
+    Raises MissingInterfaceError, BusyInterfaceError where it already runs a program (unless `replace`), AttachModeError
+    for a mode that it cannot do, AttachmentError where the kernel then shows something else; PrivilegeError without
+    CAP_NET_ADMIN.
     """
     ifindex = interface_index(interface)
     _make_room(interface, ifindex, replace)
@@ -114,7 +115,9 @@ def attach(program_fd: int, interface: str, mode: EBPFAttachMode, *, replace: bo
             attachment = Attachment(interface, ifindex, candidate, program_id, fd)
             if not attachment.present():
                 attachment.detach()
-                raise InterfaceError(f"the kernel does not show program {program_id} on {interface} after attaching it")
+                raise AttachmentError(
+                    f"the kernel does not show program {program_id} on {interface} after attaching it"
+                )
             return attachment
         if -fd in _UNSUPPORTED and candidate is not modes[-1]:
             log.warning("%s cannot run XDP natively (%s): falling back to generic mode", interface, os.strerror(-fd))
@@ -129,13 +132,13 @@ def _make_room(interface: str, ifindex: int, replace: bool) -> None:
         return
     mode, other = there
     if not replace:
-        raise InterfaceError(
+        raise BusyInterfaceError(
             f"{interface} already runs XDP program {other} ({mode}), which somebody else attached; "
             "detach that first, or ask to replace it"
         )
     code = -libbpf.xdp_detach(ifindex, _FLAGS.get(mode, 0))
     if code or _ids(ifindex):
-        raise InterfaceError(
+        raise BusyInterfaceError(
             f"XDP program {other} on {interface} is held by another process and cannot be replaced "
             f"({os.strerror(code or errno.EBUSY)}); stop that process (see `bpftool link`)"
         )
@@ -144,11 +147,11 @@ def _make_room(interface: str, ifindex: int, replace: bool) -> None:
 
 def _refusal(code: int, interface: str, mode: EBPFAttachMode) -> Exception:
     if code in {errno.EBUSY, errno.EEXIST}:
-        return InterfaceError(f"another XDP program was attached to {interface} in the meantime; detach that first")
+        return BusyInterfaceError(f"another XDP program was attached to {interface} in the meantime; detach that first")
     if code in _UNSUPPORTED:
         hint = {
             EBPFAttachMode.DRV: "its driver, MTU or queues do not allow native mode; use skb or auto",
             EBPFAttachMode.HW: "its card cannot run XDP programs; use drv or skb",
         }.get(mode, "the kernel does not allow it there")
-        return InterfaceError(f"{interface} cannot run XDP in mode {mode}: {hint} ({os.strerror(code)})")
+        return AttachModeError(f"{interface} cannot run XDP in mode {mode}: {hint} ({os.strerror(code)})")
     return libbpf.failure(code, f"attaching to {interface} in mode {mode}")

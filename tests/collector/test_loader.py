@@ -163,7 +163,7 @@ def test_auto_falls_back_to_generic_and_says_so(caplog: pytest.LogCaptureFixture
 
 
 def test_a_missing_interface_is_named_with_those_there_are(wire: str) -> None:
-    with FlowProgram() as program, pytest.raises(InterfaceError, match=f"no interface fsnone0; there are: .*{wire}"):
+    with FlowProgram() as program, pytest.raises(InterfaceError, match=f"no interface 'fsnone0' here .*there are: .*{wire}"):
         program.attach("fsnone0")
 
 
