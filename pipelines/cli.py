@@ -88,12 +88,12 @@ def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] |
     level = {0: logging.WARNING, 1: logging.INFO}.get(options.pop("verbose"), logging.DEBUG)
     logging.basicConfig(level=level, format="flowsage: %(levelname)s: %(message)s", stream=sys.stderr)
     path, check, show = options.pop("config"), options.pop("check_config"), options.pop("show_config")
-    graph = False if options.get("no_graph") else None
+    prior = "none" if options.get("no_graph") else None
     flags: dict[str, dict[str, Any]] = {
         "sensor": {k: options.get(k) for k in ("mode", "mirror", "replace")}
         | {"interfaces": options.get("interfaces") or None},
         "windows": {k: options.get(k) for k in ("window", "pane")},
-        "model": {k: options.get(k) for k in ("undirected", "seed")} | {"graph": graph},
+        "model": {k: options.get(k) for k in ("undirected", "seed")} | {"prior": prior},
         "alarms": {"budget": options.get("budget")},
         "metrics": {"port": options.get("metrics_port"), "enabled": False if options.get("no_metrics") else None},
     }
@@ -201,9 +201,27 @@ def replay(source: Path, **options: Any) -> None:
 @click.option("--record", type=TARGET, help="record the wire as a capture")
 @click.option("--flows", type=TARGET, help="record labelled flows (Parquet)")
 @click.option("--truth", type=TARGET, help="write what really happened (JSON lines)")
+@click.option("--simulate", type=TARGET, help="no hosts: write labelled flows of a simulated enterprise (Parquet)")
+@click.option("--days", type=float, default=4.0, show_default=True, help="with --simulate: how long")
+@click.option("--hosts", type=int, default=300, show_default=True, help="with --simulate: how many hosts it has")
+@click.option("--repeats", type=int, default=2, show_default=True, help="with --simulate: attacks of each kind")
+@click.option("--seed", type=int, help="seed of habits and misbehaviour")
 def lab(**options: Any) -> None:
-    """A small network of real hosts in namespaces: services, clients, and on request misbehaviour."""
+    """A small network of real hosts in namespaces: services, clients, and on request misbehaviour.
+
+    With --simulate a far larger one that exists only as flows.
+    """
     settings = settings_from(options, LAB_DEFAULTS)
+    if options["simulate"]:
+        if options["attacks"] or options["record"] or options["flows"] or options["duration"]:
+            raise UsageError("--simulate writes flows of --days days; it has no wire to record and no schedule")
+        from flowsage.pipelines.enterprise.command import write_simulation
+
+        write_simulation(
+            options["simulate"], days=options["days"], hosts=options["hosts"], repeats=options["repeats"],
+            seed=settings.model.seed, truth=options["truth"],
+        )  # fmt: skip
+        return
     from flowsage.pipelines.lab_session import lab_session
 
     lab_session(

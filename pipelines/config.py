@@ -106,11 +106,18 @@ class WindowSettings(_Section):
     lateness: Duration = Field(0, description="how long a window waits beyond what its sensors' watermarks say")
 
 
+Prior = Literal["none", "popularity", "mlp", "sage1", "sage2", "sage2-sketches"]
+
+
 class ModelSettings(_Section):
     """What is learnt."""
 
     seed: int = Field(0, ge=0)
-    graph: bool = Field(True, description="GraphSAGE's prior of first meetings")
+    prior: Prior = Field(
+        "sage2-sketches",
+        description="prior of first meetings: none, popularity, mlp (roles alone), sage1, sage2 (GraphSAGE of so many "
+        "layers), sage2-sketches (with overlaps of neighbourhoods)",
+    )
     ready_windows: int = Field(30, ge=0, description="windows that the graph must have seen before it says anything")
     ready_meetings: float = Field(200, ge=0, description="first meetings that it must have learnt from")
     ready_steps: int = Field(20, ge=0, description="training steps that it must have made")

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from flowsage.collector.errors import ConfigurationError
 from flowsage.graph.flows import FlowBatch
@@ -22,6 +23,16 @@ from flowsage.pipelines.metrics import Value
 OnFindings = Callable[[list[Finding]], None]
 OnClosed = Callable[[ClosedWindows], None]
 
+PRIORS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "popularity": {"graph": False},
+    "mlp": {"layers": 0, "overlaps": False},
+    "sage1": {"layers": 1, "overlaps": False},
+    "sage2": {"layers": 2, "overlaps": False},
+    "sage2-sketches": {"layers": 2, "overlaps": True},
+}
+"""What `model.prior` means for the prior of first meetings: each adds one thing to the one before it."""
+
 
 def detector_config(settings: Settings) -> DetectorConfig:
     """What the models are made with, from the one configuration."""
@@ -32,13 +43,14 @@ def detector_config(settings: Settings) -> DetectorConfig:
         )
     return DetectorConfig(
         window_ns=settings.windows.window,
-        graph=settings.model.graph,
+        graph=settings.model.prior != "none",
         history=HistoryConfig(
             undirected=settings.model.undirected,
             max_keys=settings.model.max_keys,
             threads=settings.model.threads,
         ),
         meeting=MeetingConfig(
+            **PRIORS[settings.model.prior],
             seed=settings.model.seed,
             max_hosts=settings.model.max_hosts,
             ready_windows=settings.model.ready_windows,

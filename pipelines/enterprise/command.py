@@ -1,0 +1,23 @@
+"""`flowsage lab --simulate`: the simulated enterprise as a flow file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flowsage.pipelines.enterprise.simulate import Simulation, simulate
+from flowsage.pipelines.lab.truth import write_truth
+from flowsage.pipelines.outputs import write_parquet
+
+
+def write_simulation(
+    path: Path, *, days: float, hosts: int, repeats: int, seed: int, truth: Path | None = None
+) -> None:
+    """Simulate and write the flows to `path`, the truth to `truth`; a summary goes to stderr."""
+    table, truths = simulate(Simulation(days=days, hosts=hosts, repeats=repeats, seed=seed))
+    write_parquet(table, path)
+    if truth is not None:
+        write_truth(truth, truths)
+    bad = sum(table.column("label").to_pylist())
+    click.echo(f"{len(table):,} flows, {bad:,} of {len(truths)} incidents, in {path}", err=True)
