@@ -21,6 +21,8 @@ FlowsageError                  exit code 1   something went wrong while running
 │   ├── LogFullError                         it holds as much as it may
 │   ├── RecordTooLargeError                  it will never take this record
 │   └── FencedError                          somebody else has taken over what this one wanted to write or commit
+├── ModelError                 exit code 1   a model directory is missing, damaged, or made for another feature schema
+├── BusySensorError            exit code 1   another process runs this sensor
 ├── PrivilegeError             exit code 77  capabilities are missing
 └── ConfigurationError         exit code 78  a configuration key or value is wrong
 
@@ -121,6 +123,14 @@ class FencedError(LogError):
 
     Nothing of the transaction or commit has happened, and nothing will. Throw away what was built, and join again.
     """
+
+
+class ModelError(FlowsageError):
+    """A model directory is missing, damaged, or made for another feature schema."""
+
+
+class BusySensorError(FlowsageError):
+    """Another process runs this sensor."""
 
 
 class PrivilegeError(FlowsageError):

@@ -26,6 +26,12 @@ FEATURES: Final = 4 * BUCKETS + 7
 sink, internal, log windows active, log services offered."""
 
 
+def feature_names() -> list[str]:
+    """Names of the `FEATURES` inputs, in order."""
+    ways = [f"{what} {way} {b}" for way in ("out", "in") for what in ("services", "presence") for b in range(BUCKETS)]
+    return [*ways, "degree out", "degree in", "is source", "is sink", "internal", "windows active", "services offered"]
+
+
 @numba.njit(cache=True, nogil=True)
 def buckets(service: Int32, out: Int32) -> None:
     """Bucket i32[n] of each service code."""
