@@ -5,6 +5,10 @@ have come: what it says itself, or the latest start that it has sent. The waterm
 sensors that are heard of; one that is silent for `idle_timeout_ns` of the injected clock is left out until it speaks
 again. A window closes when the watermark is `lateness_ns` past its end; who arrives after that is *late*.
 
+A sensor that says what time it has (`hear`) is left out too while it is more than `max_behind_ns` behind the clock and
+comes no closer: its clock is wrong. One that works through a backlog comes closer, and is waited for. Where nobody is
+in time, all are waited for. The least time of those that are waited for is `arrival_ns`.
+
 What a sensor says about the future is believed with care. With a clock, no watermark counts beyond it, and a record
 more than `max_ahead_ns` ahead of it is refused and counted. And a step of more than `max_ahead_ns` needs `_WITNESSES`
 records in a row, so that a gap in a file is passed over and a single wrong time is not.
@@ -17,7 +21,8 @@ All this is judged record by record: it does not matter how a sensor's records w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -25,6 +30,8 @@ import numpy as np
 from flowsage.graph.flows import FlowBatch, Int64, merge
 
 _WITNESSES = 16
+_CLOSER = 1_000_000_000
+"""A sensor comes closer to the clock when it gains so much, ns: less is a matter of how long its batches travel."""
 _NEVER = -(1 << 62)
 _ALWAYS = 1 << 62
 
@@ -46,13 +53,21 @@ class WindowCounters:
     """Records held back from the watermark for being far ahead of their sensor's others."""
     idled: int = 0
     """Times that a sensor was left out of the watermark for its silence."""
+    fell_behind: int = 0
+    """Times that a sensor was left out for its clock."""
 
 
 @dataclass
 class _Sensor:
     watermark: int = _NEVER
+    time: int = _NEVER
+    """What it says the time is, as far as it is believed."""
     heard: int = 0
     idle: bool = False
+    behind: bool = False
+    lag: int = _ALWAYS
+    """How far it was behind the clock when it last came closer, and when that was."""
+    closer: int = 0
     witnesses: int = 0
     """Records in a row that were far ahead of the watermark, and the earliest of them."""
     witnessed: int = _ALWAYS
@@ -73,6 +88,7 @@ class WindowBuffer:
         clock: Callable[[], int] | None = None,
         idle_timeout_ns: int = 30_000_000_000,
         max_ahead_ns: int = 3_600_000_000_000,
+        max_behind_ns: int = 300_000_000_000,
     ) -> None:
         """`pane_ns` 0: no panes, for those who never take them.
 
@@ -83,8 +99,9 @@ class WindowBuffer:
         self.window_ns, self.pane_ns, self.lateness_ns = window_ns, pane_ns, lateness_ns
         self.counters = WindowCounters()
         self._clock, self._idle_timeout_ns, self._max_ahead_ns = clock, idle_timeout_ns, max_ahead_ns
+        self._max_behind_ns = max_behind_ns
         self._sensors: dict[str, _Sensor] = {}
-        self._watermark = _NEVER
+        self._watermark = self._arrival = _NEVER
         self._closed_until = _NEVER  # windows before this index have closed
         self._open: list[tuple[int, int, FlowBatch]] = []  # earliest and latest start, flows
         self._panes: list[tuple[Int64, FlowBatch]] = []  # pane of each flow, flows
@@ -95,6 +112,16 @@ class WindowBuffer:
         return None if self._watermark == _NEVER else self._watermark
 
     @property
+    def arrival_ns(self) -> int | None:
+        """The time that all sensors have reached by their own clocks; None before the first `hear`. Never goes back."""
+        return None if self._arrival == _NEVER else self._arrival
+
+    @property
+    def closed_until_ns(self) -> int:
+        """Windows that begin before it have closed."""
+        return self._closed_until * self.window_ns if self._closed_until != _NEVER else _NEVER
+
+    @property
     def oldest_open_ns(self) -> int | None:
         """Earliest start among the flows held, None where none are."""
         return min((first for first, _, _ in self._open), default=None)
@@ -103,8 +130,31 @@ class WindowBuffer:
         """Number of flows that wait for their window to close."""
         return sum(len(b) for _, _, b in self._open)
 
-    def add(self, batch: FlowBatch, sensor: str = "", watermark_ns: int | None = None) -> None:
-        """Take flows of one sensor, in any order of time.
+    def hear(self, sensor: str, time_ns: int | None = None) -> None:
+        """A sensor speaks, and says by its own clock that it is `time_ns` (None: it has the clock's time).
+
+        Called before `add` by those who take steps at `arrival_ns`, which then moves before the flows are taken.
+        """
+        now = self._clock() if self._clock else None
+        state = self._sensors.setdefault(sensor, _Sensor())
+        if now is not None:
+            time = now if time_ns is None else min(time_ns, now)
+            state.time = max(state.time, time)
+            lag = now - time
+            # After a silence it may have a backlog: then it is given time again.
+            if lag <= state.lag - _CLOSER or now - state.heard > self._idle_timeout_ns:
+                state.lag, state.closer = lag, now
+            behind = lag > self._max_behind_ns and now - state.closer > self._idle_timeout_ns
+            self.counters.fell_behind += behind and not state.behind
+            state.behind = behind
+        elif time_ns is not None:
+            state.time = max(state.time, time_ns)
+        state.idle, state.heard = False, now or 0
+        self._idle(now)
+        self._arrival = max(self._arrival, min((s.time for s in self._listening()), default=_NEVER))
+
+    def add(self, batch: FlowBatch, sensor: str = "", watermark_ns: int | None = None) -> FlowBatch:
+        """Take flows of one sensor, in any order of time; returns those that were not refused (late ones are not).
 
         `watermark_ns`: the sensor's own word that after this batch comes nothing that began earlier, for sensors that
         send flows when they end; None: the latest start seen. An empty batch with a watermark keeps a quiet sensor from
@@ -126,12 +176,14 @@ class WindowBuffer:
                 self._panes.append((reached // self.pane_ns, batch))
             self._hold(batch, reached if watermark_ns is None else np.full(len(batch), before, np.int64))
         self._rise()
+        return batch
 
     def _rise(self) -> None:
         self._watermark = max(self._watermark, min((s.watermark for s in self._listening()), default=_NEVER))
 
     def _listening(self) -> list[_Sensor]:
-        return [s for s in self._sensors.values() if not s.idle]
+        speaking = [s for s in self._sensors.values() if not s.idle]
+        return [s for s in speaking if not s.behind] or speaking
 
     def _idle(self, now: int | None) -> None:
         if now is None:
@@ -214,6 +266,36 @@ class WindowBuffer:
         flows = in_order(merge(ready))
         self.counters.closed += len(flows)
         return flows
+
+    def hold_again(self, batch: FlowBatch, now_ns: int) -> None:
+        """Take flows that this buffer had already before its `state` was saved: those of windows still open.
+
+        Batches come in the order in which they came then; `now_ns` is what the clock said then. Counts nothing.
+        """
+        start = batch.start_ns
+        mine = (start // self.window_ns >= self._closed_until) & (start <= now_ns + self._max_ahead_ns)
+        if mine.any():
+            batch = batch if mine.all() else batch.take(np.flatnonzero(mine))
+            self._open.append((int(batch.start_ns.min()), int(batch.start_ns.max()), batch))
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the flows, as plain values for JSON. `restore` and `hold_again` go on from it.
+
+        Raises ValueError where there are panes, which are not in it.
+        """
+        if self.pane_ns:
+            raise ValueError("the state of a buffer with panes is not told: take them elsewhere")
+        return {
+            "counters": asdict(self.counters), "sensors": {name: asdict(s) for name, s in self._sensors.items()},
+            "watermark": self._watermark, "arrival": self._arrival, "closed_until": self._closed_until,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """What `state` said, into a buffer that is new."""
+        self.counters = WindowCounters(**state["counters"])
+        self._sensors = {name: _Sensor(**values) for name, values in state["sensors"].items()}
+        self._watermark, self._arrival = state["watermark"], state["arrival"]
+        self._closed_until = state["closed_until"]
 
     def take_panes(self, *, flush: bool = False) -> tuple[FlowBatch, Int64] | None:
         """Flows of the panes that the watermark has left behind since the last call, and the pane of each [n].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -16,6 +17,7 @@ from flowsage.graph.window import _WITNESSES, WindowBuffer
 from tests.graph.generate import START_NS, handmade, power_law
 
 W = 100
+S = 10**9
 
 
 def flows(*starts: int, rows: int = 0) -> FlowBatch:
@@ -355,3 +357,77 @@ def test_merging_keeps_the_order_of_flows_and_what_only_some_know() -> None:
     assert isinstance(both.hosts.names, pa.Array)
     with pytest.raises(ValueError, match="nothing"):
         merge([])
+
+
+class Wall:
+    def __init__(self, now: int) -> None:
+        self.now = now
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def test_a_sensor_whose_clock_is_an_hour_behind_is_not_waited_for_and_its_records_are_late() -> None:
+    wall = Wall(HOUR * 10)
+    buffer = WindowBuffer(60 * S, 0, clock=wall)
+    for _ in range(600):
+        wall.now += S
+        for sensor, offset in (("right", 0), ("slow", -HOUR)):
+            buffer.hear(sensor, wall.now + offset)
+            buffer.add(flows(wall.now + offset), sensor, wall.now + offset - 60 * S)
+        buffer.close_ready()
+    assert buffer.counters.fell_behind == 1
+    assert buffer.arrival_ns == wall.now
+    assert buffer.counters.late > 500
+    assert buffer.counters.closed > 450
+    assert balanced(buffer)
+
+
+def test_a_sensor_that_works_through_a_backlog_is_waited_for() -> None:
+    wall = Wall(HOUR * 10)
+    buffer = WindowBuffer(60 * S, 0, clock=wall)
+    for k in range(90):
+        for sensor, time in (("spooled", wall.now - HOUR + k * 40 * S), ("right", wall.now)):
+            buffer.hear(sensor, time)
+            buffer.add(flows(time), sensor, time - S)
+        wall.now += S
+        buffer.close_ready()
+    assert (buffer.counters.fell_behind, buffer.counters.late) == (0, 0)
+    assert balanced(buffer)
+
+
+def test_who_is_alone_is_waited_for_whatever_the_clock_says() -> None:
+    wall = Wall(HOUR * 10)
+    buffer = WindowBuffer(60 * S, 0, clock=wall)
+    for _ in range(600):
+        wall.now += S
+        buffer.hear("slow", wall.now - HOUR)
+        buffer.add(flows(wall.now - HOUR), "slow", wall.now - HOUR - S)
+        buffer.close_ready()
+    assert buffer.arrival_ns == wall.now - HOUR
+    assert buffer.counters.late == 0
+
+
+def test_a_buffer_goes_on_from_its_state_and_the_flows_that_were_open() -> None:
+    rng = np.random.default_rng(3)
+    batches = [flows(*(k * 20 * S + rng.integers(-150 * S, 90 * S, 5)).tolist()) for k in range(60)]
+    wall = Wall(0)
+
+    def step(buffer: WindowBuffer, k: int) -> list[int]:
+        wall.now = k * 20 * S
+        buffer.hear("a", wall.now)
+        buffer.add(batches[k], "a", wall.now - 30 * S)
+        return starts(buffer.close_ready())
+
+    buffer = WindowBuffer(60 * S, 0, clock=wall, max_ahead_ns=60 * S)
+    for k in range(30):
+        step(buffer, k)
+    other = WindowBuffer(60 * S, 0, clock=wall, max_ahead_ns=60 * S)
+    other.restore(json.loads(json.dumps(buffer.state())))
+    for k in range(20, 30):
+        other.hold_again(batches[k], k * 20 * S)
+    assert other.open_flows() == buffer.open_flows() > 0
+    assert [step(buffer, k) for k in range(30, 60)] == [step(other, k) for k in range(30, 60)]
+    assert buffer.counters == other.counters
+    assert buffer.counters.future > 0
+    assert buffer.counters.late > 0
