@@ -113,19 +113,23 @@ def available() -> bool:
 
 def failure(code: int, what: str, kind: type[ProgramError] = ProgramError) -> ProgramError | PrivilegeError:
     """The exception for `what` having failed with errno `code`, with the last words of libbpf and the verifier."""
-    words = [line.strip() for line in "".join(_words()).splitlines()]
-    words = [line.removeprefix("libbpf: ") for line in words if line and "LOG --" not in line]
+    told = last_words("".join(_words()))
     _words().clear()
     if code == errno.EPERM or (code == errno.EACCES and not _may_load()):  # EACCES may be the verifier
         return PrivilegeError(f"{what}: not permitted; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")
-    # The verifier ends with its statistics: what it objects to comes just before.
-    told = [line for line in words if not line.startswith(_NOT_TOLD) and "failed to load" not in line]
-    reason = os.strerror(code) + ("" if not told else ": " + "; ".join(told[-_LAST_WORDS:]))
+    reason = os.strerror(code) + (f": {told}" if told else "")
     if not BTF.exists():
         return KernelSupportError(
             f"{what}: {reason}. This kernel has no BTF ({BTF} is missing): boot one built with CONFIG_DEBUG_INFO_BTF=y"
         )
     return kind(f"{what}: {reason}")
+
+
+def last_words(log: str) -> str:
+    """What libbpf and the verifier object to: the verifier ends with its statistics, that comes just before."""
+    lines = [line.strip().removeprefix("libbpf: ") for line in log.splitlines()]
+    told = [line for line in lines if line and "LOG --" not in line and "failed to load" not in line]
+    return "; ".join([line for line in told if not line.startswith(_NOT_TOLD)][-_LAST_WORDS:])
 
 
 def _may_load() -> bool:
@@ -222,16 +226,6 @@ class Object:
         if self._object is not None:
             self._lib.bpf_object__close(self._object)
             self._object = None
-
-
-def read_pairs(fd: int, entries: int) -> list[tuple[int, int]]:
-    """A per-CPU array of two 64-bit counters a row: each row summed over CPUs."""
-    rows, value = [], (ct.c_uint64 * (2 * possible_cpus()))()
-    for index in range(entries):
-        key = ct.c_uint32(index)
-        check(library().bpf_map_lookup_elem(fd, ct.byref(key), ct.byref(value)), "reading counters")
-        rows.append((sum(value[0::2]), sum(value[1::2])))
-    return rows
 
 
 def program_info(fd: int) -> syscall.ProgramInfo:

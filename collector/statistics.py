@@ -136,6 +136,16 @@ def map_descriptor(program_id: int, name: str) -> Iterator[tuple[int, syscall.Ma
     raise UnknownProgramError(f"program {program_id} has no map {name}")
 
 
+def read_pairs(program_id: int, name: str) -> list[tuple[int, int]]:
+    """Rows of a program's per-CPU array of two 64-bit counters, each summed over CPUs. Raises UnknownProgramError."""
+    with map_descriptor(program_id, name) as (fd, info):
+        rows, value = [], (ct.c_uint64 * (2 * syscall.possible_cpus()))()
+        for row in range(info.max_entries):
+            libbpf.check(syscall.lookup(fd, row, value), f"reading {name} of program {program_id}")
+            rows.append((sum(value[0::2]), sum(value[1::2])))
+        return rows
+
+
 @contextmanager
 def _descriptor(fd: int, what: str) -> Iterator[int]:
     if fd < 0:

@@ -28,6 +28,7 @@ NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le"
 )
 _LINK_CREATE, _LINK_FD, _LINK_NEXT, _ENABLE_STATS, _LINK_DETACH = 28, 30, 31, 32, 34
 _ATTACH_XDP = 37  # enum bpf_attach_type
+_LINK_XDP = 6  # enum bpf_link_type
 _NEXT = {"program": _PROGRAM_NEXT, "map": _MAP_NEXT, "link": _LINK_NEXT}
 _BY_ID = {"program": _PROGRAM_FD, "map": _MAP_FD, "link": _LINK_FD}
 
@@ -89,7 +90,19 @@ class MapInfo(ct.Structure):
     )
 
 
-Info = TypeVar("Info", ProgramInfo, MapInfo)
+class LinkInfo(ct.Structure):
+    """`struct bpf_link_info` of an XDP link: `ifindex` 0 once it is detached."""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("prog_id", ct.c_uint32),
+        ("pad", ct.c_uint32),
+        ("ifindex", ct.c_uint32),
+    )
+
+
+Info = TypeVar("Info", ProgramInfo, MapInfo, LinkInfo)
 
 
 class _InfoOf(ct.Structure):
@@ -226,6 +239,22 @@ def link_xdp(program_fd: int, ifindex: int, flags: int) -> int:
 def link_detach(fd: int) -> int:
     """Detaches a link at once, whoever else holds it. Returns 0 or −errno."""
     return call(_LINK_DETACH, _Word(fd))
+
+
+def linked_programs() -> set[int]:
+    """Ids of the programs that run on an interface of whatever network namespace by a link. OSError (CAP_SYS_ADMIN)."""
+    found = set()
+    for number in ids("link"):
+        fd = by_id("link", number)
+        if fd < 0:  # went between two questions
+            continue
+        try:
+            link = info(fd, LinkInfo)
+        finally:
+            os.close(fd)
+        if link.type == _LINK_XDP and link.ifindex:
+            found.add(int(link.prog_id))
+    return found
 
 
 def enable_statistics() -> int:

@@ -57,6 +57,11 @@ def attached_program(interface: str) -> tuple[str, int] | None:
     return _ATTACHED.get(query.attach_mode, "unknown"), next(i for i in ids if i)
 
 
+def programs_on(interface: str) -> set[int]:
+    """Ids of the programs that the kernel runs on `interface`, in whichever modes."""
+    return _ids(interface_index(interface))
+
+
 def _namespace() -> int:
     return os.stat("/proc/thread-self/ns/net").st_ino
 
