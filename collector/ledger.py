@@ -124,7 +124,7 @@ def _apart(low: int, high: int, other_low: int, other_high: int) -> int:
     return high - other_low if high < other_low else 0
 
 
-def _reasons(counters: Mapping[str, int]) -> list[str]:
+def reasons_of(counters: Mapping[str, int]) -> list[str]:
     """Why packets are in no record, in the words of enum flow_counter."""
     names = [name.removesuffix("_packets") for name in counters if name.endswith("_packets")]
     return [name for name in names if name not in ("seen", "accounted", "emitted")]
@@ -194,7 +194,7 @@ class Ledger:
                 packets=after["emitted_packets"] - self.drained.packets,
                 bytes=after["emitted_bytes"] - self.drained.bytes,
             )
-        reasons = {r: Count(packets=after[f"{r}_packets"], bytes=after[f"{r}_bytes"]) for r in _reasons(after)}
+        reasons = {r: Count(packets=after[f"{r}_packets"], bytes=after[f"{r}_bytes"]) for r in reasons_of(after)}
         if quiet:
             drained = self.drained
             balance = after["seen_packets"] - sum(c.packets for c in (*reasons.values(), drained, in_ring, in_table))

@@ -32,8 +32,6 @@ PROGRAMS = Path(flowsage.bpf.__file__).resolve().parent
 """Where the objects that belong to this code lie."""
 OTHER_NAMES = {"xdp_counter.o": "counter.bpf.o"}
 """Objects that we ship, by the name of their program."""
-PROTOCOLS = ("TCP", "UDP", "ICMP", "OTHER")
-"""Rows of the map `protocols` of counter.bpf.o, in order; ICMPv6 is ICMP, what is not IP or malformed is OTHER."""
 STATS_OVER_S = 0.1
 
 Backend = Literal["libbpf", "bpftool"]
@@ -189,7 +187,7 @@ class EBPFLoader:
                 self._asking -= 1
 
     def read_counters(self, program_id: int, map_name: str = "protocols") -> list[tuple[int, int]]:
-        """Packets and bytes of each row of a per-CPU array, summed over CPUs (counter.bpf.o: see PROTOCOLS)."""
+        """Packets and bytes of each row of a per-CPU array, summed over CPUs (counter.bpf.o: statistics.PROTOCOLS)."""
         return statistics.read_pairs(program_id, map_name)
 
     def list_loaded_programs(self) -> list[LoadedProgram]:

@@ -10,7 +10,7 @@ import ctypes as ct
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ MAP_TYPES = {
     9: "lru_hash", 10: "lru_percpu_hash", 11: "lpm_trie", 14: "devmap", 16: "cpumap", 17: "xskmap", 27: "ringbuf",
 }  # fmt: skip
 """enum bpf_map_type, those that XDP programs use."""
+PROTOCOLS = ("TCP", "UDP", "ICMP", "OTHER")
+"""Rows of the map `protocols` of counter.bpf.o, in order; ICMPv6 is ICMP, what is not IP or malformed is OTHER."""
 _HASHES = {"hash", "percpu_hash", "lru_hash", "lru_percpu_hash"}
 _ARRAYS = {"array", "percpu_array"}
 _PAGE = mmap.PAGESIZE
@@ -92,6 +94,13 @@ def _no(name: str) -> Any:
     raise KeyError(name)
 
 
+def by_protocol(counters: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Packets and bytes by PROTOCOLS of what the flow program has seen (`FlowProgram.counters`)."""
+    rows = [(counters[f"packets_{name.lower()}"], counters[f"bytes_{name.lower()}"]) for name in PROTOCOLS[:-1]]
+    named = [sum(column) for column in zip(*rows, strict=True)]
+    return [*rows, (counters["seen_packets"] - named[0], counters["seen_bytes"] - named[1])]
+
+
 @contextmanager
 def counting() -> Iterator[None]:
     """Runs are counted within the block. Raises PrivilegeError without CAP_SYS_ADMIN."""
@@ -138,11 +147,17 @@ def map_descriptor(program_id: int, name: str) -> Iterator[tuple[int, syscall.Ma
 
 def read_pairs(program_id: int, name: str) -> list[tuple[int, int]]:
     """Rows of a program's per-CPU array of two 64-bit counters, each summed over CPUs. Raises UnknownProgramError."""
+    return [(packets, octets) for packets, octets in read_rows(program_id, name)]
+
+
+def read_rows(program_id: int, name: str) -> list[list[int]]:
+    """Rows of a program's per-CPU array of 64-bit counters, summed over CPUs. Raises UnknownProgramError."""
     with map_descriptor(program_id, name) as (fd, info):
-        rows, value = [], (ct.c_uint64 * (2 * syscall.possible_cpus()))()
+        width = info.value_size // 8
+        rows, value = [], (ct.c_uint64 * (width * syscall.possible_cpus()))()
         for row in range(info.max_entries):
             libbpf.check(syscall.lookup(fd, row, value), f"reading {name} of program {program_id}")
-            rows.append((sum(value[0::2]), sum(value[1::2])))
+            rows.append([sum(value[column::width]) for column in range(width)])
         return rows
 
 

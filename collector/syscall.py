@@ -27,8 +27,9 @@ NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le"
     24,
 )
 _LINK_CREATE, _LINK_FD, _LINK_NEXT, _ENABLE_STATS, _LINK_DETACH = 28, 30, 31, 32, 34
-_ATTACH_XDP = 37  # enum bpf_attach_type
-_LINK_XDP = 6  # enum bpf_link_type
+_QUERY = 16
+_ATTACH_XDP, _TCX_EGRESS = 37, 47  # enum bpf_attach_type
+_LINKS = {6, 11}  # enum bpf_link_type: XDP, TCX
 _NEXT = {"program": _PROGRAM_NEXT, "map": _MAP_NEXT, "link": _LINK_NEXT}
 _BY_ID = {"program": _PROGRAM_FD, "map": _MAP_FD, "link": _LINK_FD}
 
@@ -91,7 +92,7 @@ class MapInfo(ct.Structure):
 
 
 class LinkInfo(ct.Structure):
-    """`struct bpf_link_info` of an XDP link: `ifindex` 0 once it is detached."""
+    """`struct bpf_link_info` of an XDP or TCX link: `ifindex` 0 once it is detached."""
 
     _fields_ = (
         ("type", ct.c_uint32),
@@ -141,6 +142,18 @@ class _Link(ct.Structure):
         ("attach_type", ct.c_uint32),
         ("flags", ct.c_uint32),
         ("rest", ct.c_uint64 * 6),
+    )
+
+
+class _Query(ct.Structure):
+    _fields_ = (
+        ("target", ct.c_uint32),
+        ("attach_type", ct.c_uint32),
+        ("query_flags", ct.c_uint32),
+        ("attach_flags", ct.c_uint32),
+        ("prog_ids", ct.c_uint64),
+        ("count", ct.c_uint32),
+        ("rest", ct.c_uint32 * 9),
     )
 
 
@@ -241,9 +254,12 @@ def link_detach(fd: int) -> int:
     return call(_LINK_DETACH, _Word(fd))
 
 
-def linked_programs() -> set[int]:
-    """Ids of the programs that run on an interface of whatever network namespace by a link. OSError (CAP_SYS_ADMIN)."""
-    found = set()
+def linked_programs() -> dict[int, list[int]]:
+    """Programs that run on interfaces by a link, in whatever network namespace: id → indices, each in its own.
+
+    Raises OSError (without CAP_SYS_ADMIN).
+    """
+    found: dict[int, list[int]] = {}
     for number in ids("link"):
         fd = by_id("link", number)
         if fd < 0:  # went between two questions
@@ -252,9 +268,16 @@ def linked_programs() -> set[int]:
             link = info(fd, LinkInfo)
         finally:
             os.close(fd)
-        if link.type == _LINK_XDP and link.ifindex:
-            found.add(int(link.prog_id))
+        if link.type in _LINKS and link.ifindex:
+            found.setdefault(int(link.prog_id), []).append(int(link.ifindex))
     return found
+
+
+def tcx_egress(ifindex: int) -> list[int]:
+    """Ids of the TCX programs that see what leaves an interface; none on a kernel that has no TCX (before 6.6)."""
+    numbers = (ct.c_uint32 * 64)()
+    asked = _Query(ifindex, _TCX_EGRESS, 0, 0, ct.addressof(numbers), len(numbers))
+    return list(numbers[: asked.count]) if call(_QUERY, asked) == 0 else []
 
 
 def enable_statistics() -> int:

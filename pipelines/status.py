@@ -1,4 +1,7 @@
-"""`flowsage status`: what a running process says of itself, on one screen."""
+"""`flowsage status`: what a running process says of itself, and the kernel of our programs, on one screen.
+
+The kernel is asked whether or not a process runs: what is attached or pinned goes on counting without one.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ import json
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
+from typing import Any
 
 import click
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowsage.collector.errors import FlowsageError
+from flowsage.collector.inventory import Present, inventory
+from flowsage.collector.ledger import reasons_of
+from flowsage.collector.statistics import PROTOCOLS
 
 Samples = dict[str, dict[str, float]]
 
@@ -41,12 +48,68 @@ def fetch(address: str, port: int) -> Samples:
 
 
 def show(address: str, port: int, *, as_json: bool = False) -> None:
-    """Print it. Raises NotRunningError."""
-    samples = fetch(address, port)
+    """Print it. Raises NotRunningError where there is neither a process nor a program of ours in the kernel."""
+    samples: Samples = {}
+    silent: NotRunningError | None = None
+    try:
+        samples = fetch(address, port)
+    except NotRunningError as error:
+        silent = error
+    try:
+        present, unasked = inventory(), ""
+    except FlowsageError as error:
+        present, unasked = [], str(error)
+    if silent is not None and not present:
+        raise silent
     if as_json:
-        click.echo(json.dumps(samples, indent=1, sort_keys=True))
+        click.echo(json.dumps({"process": samples, "kernel": [as_dict(p) for p in present]}, indent=1, sort_keys=True))
         return
-    click.echo("\n".join(lines(samples)))
+    out = lines(samples) if silent is None else [f"process    {silent}"]
+    out += [line for program in present for line in kernel_lines(program)]
+    click.echo("\n".join(out + ([f"kernel     {unasked}"] if unasked else [])))
+
+
+def as_dict(program: Present) -> dict[str, Any]:
+    """A program in the kernel, as JSON."""
+    return {
+        "program_id": program.stats.program_id,
+        "name": program.stats.name,
+        "interfaces": dict(program.interfaces),
+        "interfaces_elsewhere": program.elsewhere,
+        "pins": [str(path) for path in program.pins],
+        "recent_runs": program.recent_runs,
+        "recent_ns_per_run": program.recent_ns,
+        "memory_bytes": program.stats.memory,
+        "maps": {m.name: {"type": m.type, "size": m.size, "used": m.used} for m in program.stats.maps},
+        "counters": program.counters,
+    }
+
+
+def kernel_lines(program: Present) -> list[str]:
+    """One program in the kernel: where it runs and how fast, what it holds, what became of the packets."""
+    stats, counters = program.stats, program.counters
+    where = [f"{name} ({mode})" for name, mode in program.interfaces]
+    where += [f"{program.elsewhere} in other network namespaces"] if program.elsewhere else []
+    speed = "no packet just now" if program.recent_ns is None else f"{program.recent_ns:,.0f} ns a packet just now"
+    on = f"on {', '.join(where)}" if where else "attached to nothing"
+    out = [f"kernel     {stats.name} (program {stats.program_id}) {on}: {speed}, {stats.memory / 1e6:,.1f} MB"]
+    for m in stats.maps:
+        if m.type == "hash" and m.used is not None:
+            out.append(f"           {m.name}: {m.used:,} of {m.size:,} entries ({m.used / m.size:.1%})")
+        elif m.type == "ringbuf" and m.used is not None:
+            out.append(f"           {m.name}: {m.used:,} of {m.size:,} bytes wait in the ring")
+    if "seen_packets" in counters:
+        lost = ", ".join(f"{name} {n:,}" for name in reasons_of(counters) if (n := counters[f"{name}_packets"]))
+        sent = f"{counters['emitted_packets']:,} of them sent in {counters['emitted_records']:,} records"
+        seen = f"{counters['seen_packets']:,} packets seen, {counters['accounted_packets']:,} in flows"
+        out.append(f"           {seen}, {sent}; not in flows: {lost or 'none'}")
+    elif counters:
+        named = ", ".join(f"{n} {counters[f'packets_{n.lower()}']:,}" for n in PROTOCOLS)
+        out.append(f"           packets: {named}")
+    if program.pins:
+        folders = sorted({str(path.parent) for path in program.pins})
+        out.append(f"           pinned in {', '.join(folders)}: it goes on without a process")
+    return out
 
 
 def lines(samples: Samples) -> list[str]:

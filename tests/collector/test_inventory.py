@@ -1,0 +1,158 @@
+"""The kernel alone tells which programs of ours it runs, where, how full their maps are and what they have counted."""
+
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from flowsage.collector import (
+    EBPFAttachMode,
+    FlowProgram,
+    FlowSettings,
+    create_ebpf_loader,
+    in_namespace,
+)
+from flowsage.collector.inventory import Present, inventory
+from flowsage.pipelines.cli import main
+from tests.bpf.support import build, needs_root, tcp, udp
+from tests.bpf.veth import VethPair, run, veth_pair
+
+pytestmark = needs_root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def objects() -> None:
+    build()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[VethPair]:
+    with veth_pair("fsin") as made:
+        yield made
+
+
+def send(pair: VethPair, *frames: bytes) -> None:
+    with in_namespace(pair.outside):
+        sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        sender.bind((pair.sender, 0))
+    with sender:
+        for frame in frames:
+            sender.send(frame)
+
+
+def found(program_id: int, **how: float) -> Present | None:
+    """What is said of a program; other programs of ours may be there too."""
+    return next((p for p in inventory(over_s=how.get("over_s", 0)) if p.stats.program_id == program_id), None)
+
+
+def test_a_program_is_told_with_its_interfaces_here_and_elsewhere(pair: VethPair) -> None:
+    with create_ebpf_loader() as loader:
+        counter = loader.load_program("xdp_counter.o")
+        assert found(counter) is None  # neither attached nor pinned
+        with pair.inside():
+            loader.attach_to_interface(counter, pair.receiver, EBPFAttachMode.SKB)
+            send(pair, udp(), udp(), tcp("S"))
+            here = found(counter)
+            assert here is not None
+            assert (here.interfaces, here.elsewhere, here.pins) == (((pair.receiver, "skb"),), 0, ())
+            assert [here.counters[f"packets_{name}"] for name in ("tcp", "udp", "icmp", "other")] == [1, 2, 0, 0]
+        from_outside = found(counter)
+        assert from_outside is not None
+        assert (from_outside.interfaces, from_outside.elsewhere) == ((), 1)
+
+
+def test_speed_is_that_of_the_packets_of_this_moment(pair: VethPair) -> None:
+    with pair.inside(), FlowProgram(FlowSettings(table_entries=64)) as program:
+        program.attach(pair.receiver)
+        send(pair, *[udp()] * 5)
+        quiet = found(program.program_id)
+        assert quiet is not None
+        assert (quiet.recent_runs, quiet.recent_ns) == (0, None)
+        stop = threading.Event()
+
+        def keep_sending() -> None:
+            while not stop.wait(0.01):
+                send(pair, udp())
+
+        traffic = threading.Thread(target=keep_sending)
+        traffic.start()
+        try:
+            busy = found(program.program_id, over_s=0.5)
+        finally:
+            stop.set()
+            traffic.join()
+        assert busy is not None
+        assert busy.recent_runs > 0
+        assert busy.recent_ns is not None
+        assert 0 < busy.recent_ns < 1e6
+
+
+@pytest.fixture
+def left_behind(pair: VethPair) -> Iterator[tuple[int, Path]]:
+    """The flow program, attached and pinned, with no process that holds it."""
+    folder = Path(f"/sys/fs/bpf/flowsage/fsin{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        with pair.inside(), FlowProgram(FlowSettings(table_entries=100)) as program:
+            run("bpftool", "prog", "pin", "id", str(program.program_id), str(folder / "program"))
+            program.attach(pair.receiver)
+            link = next(
+                entry["id"]
+                for entry in json.loads(run("bpftool", "-j", "link", "show"))
+                if entry.get("prog_id") == program.program_id
+            )
+            run("bpftool", "link", "pin", "id", str(link), str(folder / "link"))
+            send(pair, udp(1), udp(2), udp(3), udp(3), b"\x02" * 12 + b"\x08\x06" + bytes(28))
+            VethPair.settle(program, 5)
+            program_id = program.program_id
+            program.attachments.clear()  # as if the process had died: closing must not detach what is pinned
+        yield program_id, folder
+    finally:
+        for pin in folder.iterdir():
+            pin.unlink()
+        folder.rmdir()
+        with suppress(OSError):  # other sensors pin there too
+            folder.parent.rmdir()
+
+
+def test_what_goes_on_without_a_process_is_found_and_status_shows_it(
+    pair: VethPair, left_behind: tuple[int, Path]
+) -> None:
+    program_id, folder = left_behind
+    with pair.inside():
+        alone = found(program_id)
+        assert alone is not None
+        assert alone.interfaces == ((pair.receiver, "drv"),)
+        assert sorted(alone.pins) == [folder / "link", folder / "program"]
+        table = alone.stats.map("flows")
+        assert (table.used, table.size) == (3, 100)
+        assert (alone.counters["seen_packets"], alone.counters["accounted_packets"]) == (5, 4)
+        shown = CliRunner().invoke(main, ["status", "--port", "1"])
+        told = CliRunner().invoke(main, ["status", "--port", "1", "--json"])
+    assert shown.exit_code == told.exit_code == 0
+    assert "is `flowsage run` running" in shown.output
+    assert f"flow_xdp (program {program_id}) on {pair.receiver} (drv)" in shown.output
+    assert "flows: 3 of 100 entries (3.0%)" in shown.output
+    assert "5 packets seen, 4 in flows, 0 of them sent in 0 records; not in flows: non_ip 1" in shown.output
+    assert f"pinned in {folder}: it goes on without a process" in shown.output
+    (row,) = (row for row in json.loads(told.output)["kernel"] if row["program_id"] == program_id)
+    assert row["maps"]["flows"] == {"type": "hash", "size": 100, "used": 3}
+    assert row["interfaces"] == {pair.receiver: "drv"}
+
+
+def test_without_privilege_the_sentence_says_what_it_takes() -> None:
+    code = (
+        "import os\n"
+        "from flowsage.collector import PrivilegeError\n"
+        "from flowsage.collector.inventory import inventory\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "try:\n    inventory()\nexcept PrivilegeError as error:\n    print(error)\n"
+    )
+    assert "CAP_BPF" in run(sys.executable, "-c", code)
