@@ -1,22 +1,26 @@
 """The flow program: loaded with typed settings, attached to interfaces, asked for its counters, walked, drained.
 
 `FlowProgram` is the one owner of the kernel objects of a sensor. Several interfaces share one program, one flow table
-and one ring.
+and one ring. What it is loaded from, or adopts (collector/lifetime.py), is a `KernelObject`.
 """
 
 from __future__ import annotations
 
 import ctypes as ct
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 import flowsage.bpf
-from flowsage.collector import libbpf
+from flowsage.collector import libbpf, syscall
 from flowsage.collector.errors import ConfigurationError, InterfaceError, ProgramError
 from flowsage.collector.ring import MappedMap, Records, Ring
 from flowsage.collector.testrun import TestRunner, call_program, measure
@@ -60,8 +64,50 @@ COUNTERS = (
 )
 """enum flow_counter of bpf/flow.h, in order, in lower case and without its prefix."""
 
+EMITTED_AND_READ = ("flows", "records", "counters")
+"""The maps that hold what has been counted: an upgrade either keeps all three, or empties them."""
+
+Loader = Literal["auto", "libbpf", "bcc"]
+
 _SECOND = 1_000_000_000
 _PAGE = 4096
+
+
+class KernelObject(Protocol):
+    """Programs and maps in the kernel: a loaded object, or what an earlier process has pinned."""
+
+    def program_fd(self, name: str) -> int:
+        """Descriptor of a program. Raises ProgramError where there is none of that name."""
+
+    def map_fd(self, name: str) -> int:
+        """Descriptor of a map. Raises ProgramError where there is none of that name."""
+
+    def close(self) -> None:
+        """Give the descriptors back. Idempotent."""
+
+
+class LoadableObject(KernelObject, Protocol):
+    """One that is not in the kernel yet: `libbpf.Object`, `bcc_object.BccObject`."""
+
+    def resize(self, name: str, entries: int) -> None:
+        """Before load: the number of entries of a map (a ring: of bytes)."""
+
+    def data(self, name: str, kind: type[ct.Structure]) -> Any:
+        """Before load: the memory of a global, to be written."""
+
+    def load(self) -> None:
+        """Hands everything to the kernel and its verifier."""
+
+
+def open_object(path: Path = OBJECT, loader: Loader = "auto") -> LoadableObject:
+    """The object at `path` by libbpf, or, for "bcc", its source beside it compiled now.
+
+    "auto" prefers the object, where there is one (BCC needs libbpf too). Raises ObjectError, KernelSupportError.
+    """
+    if loader == "bcc" or (loader == "auto" and not path.is_file() and find_spec("bcc") is not None):
+        compiled: LoadableObject = import_module("flowsage.collector.bcc_object").BccObject(path.parent)
+        return compiled
+    return libbpf.Object(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +159,7 @@ class _Settings(ct.Structure):
         ("mirror", ct.c_uint8),
         ("external_clock", ct.c_uint8),
         ("tcp_ends", ct.c_uint8),
-        ("pad", ct.c_uint8),
+        ("layout", ct.c_uint8),
     )
 
 
@@ -162,43 +208,75 @@ class FlowProgram:
     Loading raises PrivilegeError, KernelSupportError or ProgramError (see collector/libbpf.py).
     """
 
-    def __init__(self, settings: FlowSettings | None = None, *, path: Path = OBJECT) -> None:
+    def __init__(self, settings: FlowSettings | None = None, *, path: Path = OBJECT, loader: Loader = "auto") -> None:
         self.settings = settings or FlowSettings()
         self.path = path
+        self.loader = loader
         self.attachments: dict[str, Attachment] = {}
-        self._object: libbpf.Object | None = None
+        self.carried: Mapping[str, int] = {}
+        self._names: Sequence[str] = COUNTERS
+        self._object: KernelObject | None = None
         self._ring: Ring | None = None
 
     # ---- life ----
+
+    def open(self) -> tuple[LoadableObject, int]:
+        """The object with our settings in it, not yet in the kernel, and the version of its layout."""
+        s, opened = self.settings, open_object(self.path, self.loader)
+        try:
+            opened.resize("flows", s.table_entries)
+            opened.resize("records", s.ring_bytes)
+            constants: _Settings = opened.data(".rodata.settings", _Settings)
+            self._fill(constants)
+        except BaseException:
+            opened.close()
+            raise
+        return opened, int(constants.layout)
+
+    def _fill(self, constants: _Settings) -> None:
+        s = self.settings
+        constants.idle_ns, constants.active_ns = s.idle_ns, s.active_ns
+        constants.half_open_ns, constants.linger_ns = s.half_open_ns, s.linger_ns
+        # Ended flows exist only where TCP ends them.
+        timeouts = (s.idle_ns, s.half_open_ns, s.linger_ns if s.tcp_ends else 0)
+        constants.soonest_ns = min(filter(None, timeouts), default=0)
+        constants.wake_bytes = s.ring_bytes // 8 if s.wake_bytes is None else s.wake_bytes
+        constants.mirror, constants.external_clock, constants.tcp_ends = s.mirror, s.external_clock, s.tcp_ends
+
+    def identity(self) -> str:
+        """What would be loaded, in one word: the same settings and the same object have the same."""
+        constants = _Settings()
+        self._fill(constants)
+        digest = hashlib.sha256(bytes(constants))
+        digest.update(f"{self.settings.table_entries} {self.settings.ring_bytes} {self.loader}".encode())
+        if self.path.is_file():
+            digest.update(self.path.read_bytes())
+        return digest.hexdigest()
 
     def load(self) -> FlowProgram:
         """Hands program and maps to the kernel. Returns itself."""
         if self._object is not None:
             return self
-        s, loaded = self.settings, libbpf.Object(self.path)
+        opened, _ = self.open()
         try:
-            loaded.resize("flows", s.table_entries)
-            loaded.resize("records", s.ring_bytes)
-            constants: _Settings = loaded.data(".rodata.settings", _Settings)
-            constants.idle_ns, constants.active_ns = s.idle_ns, s.active_ns
-            constants.half_open_ns, constants.linger_ns = s.half_open_ns, s.linger_ns
-            # Ended flows exist only where TCP ends them.
-            timeouts = (s.idle_ns, s.half_open_ns, s.linger_ns if s.tcp_ends else 0)
-            constants.soonest_ns = min(filter(None, timeouts), default=0)
-            constants.wake_bytes = s.ring_bytes // 8 if s.wake_bytes is None else s.wake_bytes
-            constants.mirror, constants.external_clock, constants.tcp_ends = s.mirror, s.external_clock, s.tcp_ends
-            loaded.load()
-            self.xdp_fd = loaded.program_fd("flow_xdp")
-            self.ring_fd = loaded.map_fd("records")
-            self.program_id = int(libbpf.program_info(self.xdp_fd).id)
-            self._input = MappedMap(loaded.map_fd(".data.input"), 16)
-            self.clock = self._input.words
-            self._cpus = libbpf.possible_cpus()
-            self._ring = Ring(self.ring_fd, s.ring_bytes)
+            opened.load()
+            return self.adopt(opened)
         except BaseException:
-            loaded.close()  # and with it every descriptor; what was mapped goes with the process
+            opened.close()  # and with it every descriptor; what was mapped goes with the process
             raise
-        self._object = loaded
+
+    def adopt(self, kernel: KernelObject, names: Sequence[str] = COUNTERS) -> FlowProgram:
+        """Works with what is in the kernel already, whose counters have these `names`. Returns itself."""
+        self.xdp_fd = kernel.program_fd("flow_xdp")
+        self.ring_fd = kernel.map_fd("records")
+        self.program_id = int(libbpf.program_info(self.xdp_fd).id)
+        ring_bytes = syscall.info(self.ring_fd, syscall.MapInfo).max_entries
+        self._input = MappedMap(kernel.map_fd(".data.input"), 16)
+        self.clock = self._input.words
+        self._cpus = syscall.possible_cpus()
+        self._names = names
+        self._ring = Ring(self.ring_fd, ring_bytes)
+        self._object = kernel
         return self
 
     @property
@@ -214,9 +292,18 @@ class FlowProgram:
             for interface in list(self.attachments):
                 self.detach(interface)
         finally:
+            self.release()
+
+    def release(self) -> None:
+        """Lets go of everything: what is pinned goes on, the rest is gone. Idempotent."""
+        for attachment in self.attachments.values():
+            attachment.release()
+        self.attachments = {}
+        try:
             if self._ring is not None:
                 self._ring.close()
                 self._ring = None
+        finally:
             if self._object is not None:
                 self._input.close()
                 self._object.close()
@@ -249,15 +336,16 @@ class FlowProgram:
     # ---- what it knows ----
 
     def counters(self) -> dict[str, int]:
-        """Every counter of COUNTERS, summed over CPUs. seen = accounted + non_ip + malformed + truncated + lost."""
+        """Every counter of COUNTERS, summed over CPUs, with what earlier programs of this sensor counted (`carried`).
+
+        seen = accounted + non_ip + malformed + truncated + lost.
+        """
         fd = self._loaded().map_fd("counters")
-        values = np.zeros((self._cpus, len(COUNTERS)), np.uint64)
-        key = ct.c_uint32(0)
-        libbpf.check(
-            libbpf.library().bpf_map_lookup_elem(fd, ct.byref(key), values.ctypes.data),
-            "reading the program's counters",
-        )
-        return dict(zip(COUNTERS, values.sum(axis=0, dtype=np.uint64).tolist(), strict=True))
+        width = syscall.info(fd, syscall.MapInfo).value_size // 8
+        values = np.zeros((self._cpus, width), np.uint64)
+        libbpf.check(syscall.lookup(fd, 0, np.ctypeslib.as_ctypes(values)), "reading the program's counters")
+        counted = dict(zip(self._names, values.sum(axis=0, dtype=np.uint64).tolist(), strict=True))
+        return {name: counted.get(name, 0) + self.carried.get(name, 0) for name in (*counted, *self.carried)}
 
     def table(self) -> TableTotals:
         """Flows, packets and bytes that the table holds now."""
@@ -304,7 +392,7 @@ class FlowProgram:
             loaded.program_fd("pass_xdp"), frame, repeat
         )
 
-    def _loaded(self) -> libbpf.Object:
+    def _loaded(self) -> KernelObject:
         if self._object is None:
             raise ProgramError("the flow program is not loaded; call load() first")
         return self._object

@@ -11,6 +11,7 @@ import ctypes as ct
 import mmap
 import select
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,13 @@ class MappedMap:
         _libc.munmap(self._address, self._size)
 
 
+class Taken(NamedTuple):
+    """Records of a ring, and the position behind them."""
+
+    records: Records
+    end: int
+
+
 class Ring:
     """The reader of a ring. `fd`: its map descriptor, `size`: its bytes (max_entries). One reader at a time.
 
@@ -89,14 +97,24 @@ class Ring:
         """Slots that the kernel has reserved and we have not taken."""
         return (int(self._producer[0]) - int(self._consumer[0])) // SLOT_BYTES
 
-    def drain(self, max_records: int | None = None, out: Records | None = None) -> Records:
-        """The records that wait, oldest first, as a copy [n] of RECORD_DTYPE; their slots are the kernel's again.
+    @property
+    def position(self) -> int:
+        """Where the reader stands, in bytes since the ring was made: everything before is the kernel's again."""
+        return int(self._consumer[0])
 
-        At most `max_records`, or as many as `out` (RECORD_DTYPE, contiguous) holds: then what comes back is its
-        beginning. Stops before a record that is being written. Never blocks.
+    @property
+    def end(self) -> int:
+        """Where the kernel will reserve next."""
+        return int(self._producer[0])
+
+    def peek(self, max_records: int | None = None, out: Records | None = None, *, to: int | None = None) -> Taken:
+        """The records that wait, oldest first, as a copy [n] of RECORD_DTYPE; their slots stay taken until `release`.
+
+        At most `max_records` slots, or as many as `out` (RECORD_DTYPE, contiguous) holds, of those before the position
+        `to`. Stops before a record that is being written. Never blocks.
         """
         taken = int(self._consumer[0])
-        count = (int(self._producer[0]) - taken) // SLOT_BYTES
+        count = ((int(self._producer[0]) if to is None else to) - taken) // SLOT_BYTES
         if max_records is not None:
             count = min(count, max_records)
         if out is not None:
@@ -112,10 +130,18 @@ class Ring:
             kept = np.flatnonzero(lengths < DISCARDED)
         words = self._words[start : start + count]
         records = self._copy(words if kept is None or len(kept) == count else words[kept], out)
-        # After the copy: from here on the kernel may write into the slots.
-        self._consumer[0] = taken + count * SLOT_BYTES
-        self.drained += len(records)
-        return records
+        return Taken(records, taken + count * SLOT_BYTES)
+
+    def release(self, position: int) -> None:
+        """Everything before `position` is the kernel's again: it may write there from here on."""
+        self._consumer[0] = position
+
+    def drain(self, max_records: int | None = None, out: Records | None = None) -> Records:
+        """`peek` and `release` at once."""
+        taken = self.peek(max_records, out)
+        self.release(taken.end)
+        self.drained += len(taken.records)
+        return taken.records
 
     @staticmethod
     def _copy(words: npt.NDArray[np.uint64], out: Records | None) -> Records:

@@ -84,13 +84,18 @@ class Attachment:
         except OSError:
             return False
 
+    def release(self) -> None:
+        """Closes the link: where it is pinned, the program stays attached. Idempotent."""
+        if self.link_fd >= 0:
+            os.close(self.link_fd)
+            self.link_fd = -1
+
     def detach(self) -> None:
         """Takes the program off. Idempotent; raises AttachmentError where the kernel still runs it afterwards."""
         if self.link_fd < 0:
             return
         libbpf.link_detach(self.link_fd)
-        os.close(self.link_fd)
-        self.link_fd = -1
+        self.release()
         # From another namespace its index means nothing; the link itself is gone in any case.
         if _namespace() == self.namespace and self.present():
             raise AttachmentError(
