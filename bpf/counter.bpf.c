@@ -15,12 +15,7 @@ struct counter {
 	__u64 bytes;
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, COUNTER_PROTOCOLS);
-	__type(key, __u32);
-	__type(value, struct counter);
-} protocols SEC(".maps");
+MAP(protocols, PERCPU_ARRAY, __u32, struct counter, COUNTER_PROTOCOLS, 0);
 
 static __always_inline __u32 protocol_of(const struct packet *p)
 {
@@ -41,8 +36,8 @@ SEC("xdp.frags")
 int xdp_counter(struct xdp_md *ctx)
 {
 	struct packet p = {.length = bpf_xdp_get_buff_len(ctx)};
-	__u32 row = parse_frame(ctx, &p) == PARSE_OK ? protocol_of(&p) : COUNTER_OTHER;
-	struct counter *c = bpf_map_lookup_elem(&protocols, &row);
+	__u32 row = parse_xdp(ctx, &p) == PARSE_OK ? protocol_of(&p) : COUNTER_OTHER;
+	struct counter *c = bpf_map_lookup_elem(MAP_AT(protocols), &row);
 
 	if (c) {
 		c->packets++;

@@ -8,7 +8,7 @@
 #ifndef FLOWSAGE_FLOW_H
 #define FLOWSAGE_FLOW_H
 
-#define FLOW_LAYOUT_VERSION 1
+#define FLOW_LAYOUT_VERSION 1 /* of the table, the ring and the counters */
 
 /* IPFIX flowEndReason (IANA, information element 136). */
 enum flow_end_reason {
@@ -129,7 +129,7 @@ struct flow_settings {
 	__u8 mirror; /* drop after accounting: the interface carries copies */
 	__u8 external_clock; /* time, and where it says so length, are those in struct flow_input */
 	__u8 tcp_ends; /* FIN, RST and a new SYN end a flow */
-	__u8 pad;
+	__u8 layout; /* FLOW_LAYOUT_VERSION: of the object, never set */
 };
 
 /* Written by user space before each packet of a capture. BPF_PROG_TEST_RUN carries frames of 14 to some 73,000 bytes only:

@@ -9,13 +9,7 @@
 #ifndef FLOWSAGE_PARSE_H
 #define FLOWSAGE_PARSE_H
 
-#include <linux/bpf.h>
-#include <linux/if_ether.h>
-#include <linux/in.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
+#include "compat.h"
 #include "flow.h"
 
 #define VLAN_TAGS_MAX 2
@@ -24,6 +18,8 @@
 #define IP_FRAGMENT_OFFSET 0x1fff
 #define IP6_FRAGMENT_OFFSET 0xfff8
 #define VLAN_ID_MASK 0x0fff
+#define VLAN_HLEN 4
+#define EGRESS (1u << 31)
 
 enum parse_verdict {
 	PARSE_OK,
@@ -37,6 +33,7 @@ struct packet {
 	__u64 source[2]; /* addresses as in the key, before the pair is ordered */
 	__u64 destination[2];
 	__u32 length; /* of the frame */
+	__u32 place; /* interface, and EGRESS where it leaves */
 	__u32 print; /* of the key: tells two flows apart that follow each other in one table element */
 	__u16 source_port;
 	__u16 destination_port;
@@ -51,12 +48,14 @@ struct packet {
 };
 
 struct cursor {
-	struct xdp_md *ctx;
+	void *ctx; /* struct xdp_md or __sk_buff */
 	void *data;
 	void *data_end;
 	__u64 off;
-	__u32 length; /* of the frame, fragments of an xdp_buff included */
+	__u32 length; /* of the frame, fragments included */
 	__u32 l3_end;
+	__u8 skb; /* what ctx is */
+	__u8 tags; /* VLAN tags that the kernel has taken out of the frame */
 };
 
 struct vlan_header {
@@ -74,7 +73,8 @@ static __always_inline enum parse_verdict need(const struct cursor *c, __u32 siz
 }
 
 /* `size` bytes at the cursor, which need() has allowed: in place, or copied where they are not in the linear part (a
- * jumbo frame's header chain can reach into its fragments). NULL never happens, but the verifier cannot know.
+ * jumbo frame's header chain can reach into its fragments). The frame is never changed for it: pulling an skb would be
+ * work for everybody after us. NULL never happens, but the verifier cannot know.
  */
 static __always_inline const void *view(const struct cursor *c, __u32 size, void *scratch)
 {
@@ -82,6 +82,8 @@ static __always_inline const void *view(const struct cursor *c, __u32 size, void
 
 	if (at + size <= c->data_end)
 		return at;
+	if (c->skb)
+		return bpf_skb_load_bytes(c->ctx, c->off, scratch, size) ? NULL : scratch;
 	return bpf_xdp_load_bytes(c->ctx, c->off, scratch, size) ? NULL : scratch;
 }
 
@@ -90,7 +92,7 @@ static __always_inline enum parse_verdict parse_vlan(struct cursor *c, struct pa
 	struct vlan_header scratch;
 	const struct vlan_header *tag;
 
-	for (int depth = 0; depth < VLAN_TAGS_MAX; depth++) {
+	for (int depth = c->tags; depth < VLAN_TAGS_MAX; depth++) {
 		if (*type != bpf_htons(ETH_P_8021Q) && *type != bpf_htons(ETH_P_8021AD))
 			break;
 		if (need(c, sizeof(*tag)) || !(tag = view(c, sizeof(*tag), &scratch)))
@@ -297,8 +299,34 @@ static __always_inline void order_ends(struct packet *p)
 	p->print = print_of(&p->key);
 }
 
-/* The whole frame. `p` is zero but for its length. */
-static __always_inline enum parse_verdict parse_frame(struct xdp_md *ctx, struct packet *p)
+/* The whole frame at the cursor's beginning. `p` is zero but for what the frame itself does not say. */
+static __always_inline enum parse_verdict parse_frame(struct cursor *c, struct packet *p)
+{
+	enum parse_verdict verdict;
+	const struct ethhdr *eth;
+	struct ethhdr scratch;
+	__be16 type;
+
+	if (need(c, sizeof(*eth)) || !(eth = view(c, sizeof(*eth), &scratch)))
+		return PARSE_TRUNCATED;
+	type = eth->h_proto;
+	c->off += sizeof(*eth);
+	verdict = parse_vlan(c, p, &type);
+	if (verdict)
+		return verdict;
+	if (type == bpf_htons(ETH_P_IP))
+		verdict = parse_ipv4(c, p);
+	else if (type == bpf_htons(ETH_P_IPV6))
+		verdict = parse_ipv6(c, p);
+	else
+		return PARSE_NON_IP;
+	if (!verdict)
+		order_ends(p);
+	return verdict;
+}
+
+/* A frame that arrives. */
+static __always_inline enum parse_verdict parse_xdp(struct xdp_md *ctx, struct packet *p)
 {
 	struct cursor c = {
 		.ctx = ctx,
@@ -307,27 +335,32 @@ static __always_inline enum parse_verdict parse_frame(struct xdp_md *ctx, struct
 		.length = p->length,
 		.l3_end = NO_L3_END,
 	};
-	enum parse_verdict verdict;
-	const struct ethhdr *eth;
-	struct ethhdr scratch;
-	__be16 type;
 
-	if (need(&c, sizeof(*eth)) || !(eth = view(&c, sizeof(*eth), &scratch)))
-		return PARSE_TRUNCATED;
-	type = eth->h_proto;
-	c.off += sizeof(*eth);
-	verdict = parse_vlan(&c, p, &type);
-	if (verdict)
-		return verdict;
-	if (type == bpf_htons(ETH_P_IP))
-		verdict = parse_ipv4(&c, p);
-	else if (type == bpf_htons(ETH_P_IPV6))
-		verdict = parse_ipv6(&c, p);
-	else
-		return PARSE_NON_IP;
-	if (!verdict)
-		order_ends(p);
-	return verdict;
+	p->place = ctx->ingress_ifindex;
+	return parse_frame(&c, p);
+}
+
+/* A frame that leaves: as the wire will have it, but for segmentation, which is the card's: a super-frame of TCP is one
+ * packet here, with its one header. The outer tag may be beside the frame; its 4 bytes are not in p->length yet.
+ */
+static __always_inline enum parse_verdict parse_skb(struct __sk_buff *skb, struct packet *p)
+{
+	struct cursor c = {
+		.ctx = skb,
+		.data = (void *)(long)skb->data,
+		.data_end = (void *)(long)skb->data_end,
+		.length = p->length,
+		.l3_end = NO_L3_END,
+		.skb = 1,
+	};
+
+	p->place = skb->ifindex | EGRESS;
+	if (skb->vlan_present) {
+		c.tags = 1;
+		p->vlan = skb->vlan_tci & VLAN_ID_MASK;
+		p->length += VLAN_HLEN;
+	}
+	return parse_frame(&c, p);
 }
 
 #endif
