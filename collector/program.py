@@ -105,7 +105,7 @@ def open_object(path: Path = OBJECT, loader: Loader = "auto") -> LoadableObject:
     "auto" prefers the object, where there is one (BCC needs libbpf too). Raises ObjectError, KernelSupportError.
     """
     if loader == "bcc" or (loader == "auto" and not path.is_file() and find_spec("bcc") is not None):
-        compiled: LoadableObject = import_module("flowsage.collector.bcc_object").BccObject(path.parent)
+        compiled: LoadableObject = import_module("flowsage.collector.bcc_object").BccObject(path)
         return compiled
     return libbpf.Object(path)
 

@@ -16,7 +16,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from flowsage.collector.program import FlowProgram, FlowSettings
+from flowsage.collector.program import FlowProgram, FlowSettings, Loader
 from flowsage.collector.ring import Records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,11 +32,15 @@ def build() -> None:
     subprocess.run(["make", "-s", "-C", str(ROOT / "bpf")], check=True)
 
 
+both_loaders = pytest.mark.parametrize("loader", ["libbpf", "bcc"])
+"""The shipped object, and the same source compiled by BCC when it is loaded (some 2 s)."""
+
+
 @contextmanager
-def loaded(**settings: Any) -> Iterator[FlowProgram]:
+def loaded(*, loader: Loader = "libbpf", **settings: Any) -> Iterator[FlowProgram]:
     """A program under a clock of our own, unless told otherwise; the ledger must close when the block ends."""
     build()
-    with FlowProgram(FlowSettings(**{"external_clock": True, **settings})) as program:
+    with FlowProgram(FlowSettings(**{"external_clock": True, **settings}), loader=loader) as program:
         yield program
         check_ledger(program)
 

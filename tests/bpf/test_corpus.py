@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from flowsage.collector.capture import Capture
-from flowsage.collector.program import FlowProgram, FlowSettings
+from flowsage.collector.program import FlowProgram, FlowSettings, Loader
 from flowsage.collector.xdp import EBPFAttachMode
 
-from .support import build, check_ledger, drain_all, flows, needs_root
+from .support import both_loaders, build, check_ledger, drain_all, flows, needs_root
 from .veth import VethPair, veth_pair
 
 pytestmark = needs_root
@@ -78,9 +78,10 @@ def check_summary(capture: Path, before: dict[str, int], after: dict[str, int]) 
         )
 
 
-def test_every_flow_and_counter_of_120_captures_is_exact(shared: Path) -> None:
+@both_loaders
+def test_every_flow_and_counter_of_120_captures_is_exact(shared: Path, loader: Loader) -> None:
     build()
-    with FlowProgram(FlowSettings(external_clock=True).without_timeouts()) as program:
+    with FlowProgram(FlowSettings(external_clock=True).without_timeouts(), loader=loader) as program:
         feeder = program.feeder()
         for capture in captures(shared):
             before = program.counters()
