@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.collector.publish import PublishCounts
+from flowsage.collector.statistics import PROTOCOLS, by_protocol
 
 if TYPE_CHECKING:
     from flowsage.collector.program import FlowProgram
@@ -45,11 +46,12 @@ class Count:
 class Snapshot:
     """The ledger at one moment.
 
-    `seen`, `reasons` and `emitted` are the program's counters; `drained` is the sum over the records that user space
-    got from the ring; `in_table` is a walk over the table where the sensor was `quiet`, what the counters leave for it
-    otherwise; `in_ring` has been emitted and not yet drained. `events` are the program's counters of what is no packet
-    (retries, records made because the table was full, …). Records: emitted by the program, drained, resumed from an
-    earlier run's spool, acknowledged, pending in the spool, and lost by reason.
+    `seen`, `reasons` and `emitted` are the program's counters, `protocols` what it has seen by protocol (TCP, UDP,
+    ICMP, OTHER); `drained` is the sum over the records that user space got from the ring; `in_table` is a walk over the
+    table where the sensor was `quiet`, what the counters leave for it otherwise; `in_ring` has been emitted and not yet
+    drained. `events` are the program's counters of what is no packet (retries, records made because the table was
+    full, …). Records: emitted by the program, drained, resumed from an earlier run's spool, acknowledged, pending in
+    the spool, and lost by reason.
     """
 
     seen: Count
@@ -71,6 +73,7 @@ class Snapshot:
     records_pending: int
     records_lost: dict[str, int]
     records_balance: int
+    protocols: dict[str, Count] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -109,6 +112,7 @@ class Snapshot:
                 "pending": self.records_pending,
                 "lost": self.records_lost,
             },
+            "protocols": {name: asdict(count) for name, count in self.protocols.items()},
             "events": self.events,
             "balance": self.balance,
             "bytes_balance": self.bytes_balance,
@@ -235,5 +239,9 @@ class Ledger:
             records_pending=pending,
             records_lost=lost,
             records_balance=self.drained_records + resumed - acknowledged - pending - sum(lost.values()),
+            protocols={
+                name: Count(packets=packets, bytes=octets)
+                for name, (packets, octets) in zip(PROTOCOLS, by_protocol(after), strict=True)
+            },
             events={name: after[name] for name in EVENTS},
         )

@@ -95,10 +95,13 @@ def _no(name: str) -> Any:
 
 
 def by_protocol(counters: Mapping[str, int]) -> list[tuple[int, int]]:
-    """Packets and bytes by PROTOCOLS of what the flow program has seen (`FlowProgram.counters`)."""
+    """Packets and bytes by PROTOCOLS of what the flow program has seen (`FlowProgram.counters`).
+
+    Exact where no packet comes meanwhile; one that does may be in one counter and not in the other yet.
+    """
     rows = [(counters[f"packets_{name.lower()}"], counters[f"bytes_{name.lower()}"]) for name in PROTOCOLS[:-1]]
     named = [sum(column) for column in zip(*rows, strict=True)]
-    return [*rows, (counters["seen_packets"] - named[0], counters["seen_bytes"] - named[1])]
+    return [*rows, (max(0, counters["seen_packets"] - named[0]), max(0, counters["seen_bytes"] - named[1]))]
 
 
 @contextmanager

@@ -55,6 +55,18 @@ def test_packets_are_in_the_table_then_in_the_ring_then_delivered(program, ledge
     assert done.closes
 
 
+def test_what_was_seen_is_told_by_protocol(program, ledger):
+    before = ledger.snapshot()
+    feed(program, 3)
+    program.feed([b"\x02" * 12 + b"\x08\x06" + bytes(28)], [2_000_000_000])
+    after = ledger.snapshot()
+    assert sum(count.packets for count in after.protocols.values()) == after.seen.packets
+    assert sum(count.bytes for count in after.protocols.values()) == after.seen.bytes
+    grown = {name: count.packets - before.protocols[name].packets for name, count in after.protocols.items()}
+    assert grown == {"TCP": 0, "UDP": 3, "ICMP": 0, "OTHER": 1}
+    assert json.loads(after.to_json())["protocols"]["UDP"]["packets"] == after.protocols["UDP"].packets
+
+
 def test_records_that_vanish_between_ring_and_ledger_are_missed_by_their_packets_and_bytes(program, ledger):
     feed(program, 20)
     program.flush()
