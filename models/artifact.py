@@ -69,12 +69,14 @@ def schema_of(config: DetectorConfig) -> dict[str, Any]:
     return {
         "windows.window": f"{config.window_ns / 1e9:g}s",
         "model.undirected": config.history.undirected,
-        "model.graph": config.graph,
+        "a prior of first meetings": config.graph,
         "alarms.block": f"{alarms.block_ns / 1e9:g}s",
         "alarms.time_scale": alarms.time_scale,
         "alarms.internal": list(alarms.internal or ()),
         "architecture": {
-            "encoder": "directed GraphSAGE, mean aggregation, jumping knowledge",
+            "encoder": "directed GraphSAGE, mean aggregation, jumping knowledge"
+            if meeting.graph
+            else "popularity alone",
             "width": meeting.width,
             "layers": meeting.layers,
             "neighbour slots": meeting.slots,
@@ -212,7 +214,7 @@ def check(path: Path, manifest: Manifest, config: DetectorConfig) -> None:
     wanted = schema_of(config)
     for key, value in wanted.items():
         mine = manifest.schema.get(key)
-        if mine == value or (key == "model.graph" and mine and not value):
+        if mine == value or (key == "a prior of first meetings" and mine and not value):
             continue
         difference = f"{key} {_said(mine)}, here it is {_said(value)}"
         if isinstance(value, dict) and isinstance(mine, dict):

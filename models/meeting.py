@@ -228,6 +228,30 @@ class MeetingPrior:
             never_seen=bool(met.target[0] < 0),
         )
 
+    def embed(self) -> None:
+        """Embed everybody anew when next asked, by what the weights are now."""
+        self._view = self._asked = None
+
+    def gradients(
+        self, network: Network, chance: np.random.Generator, *, recent: int, seed: int
+    ) -> tuple[float, list[torch.Tensor | None]] | None:
+        """Loss and gradients of `network`, which has our weights, on a batch of remembered meetings.
+
+        chance draws the meetings, those of the sources of the `recent` newest first (see `Replay.draw`), seed the
+        candidates where not all hosts are. None where too few are remembered.
+        """
+        c, memory = self.config, self.memory
+        at = memory.replay.draw(c.batch, recent, chance)
+        if len(at) < 4:
+            return None
+        batch = memory.batch(at)
+        if len(memory.hosts) <= c.exact_hosts:
+            hosts = np.arange(len(memory.hosts), dtype=np.int32)
+            return network.gradients(memory, batch, hosts, np.zeros(len(hosts), np.float32), None)
+        view = self._current()
+        view.grow()
+        return network.gradients(memory, batch, *self._candidates(batch, seed), view)
+
     def _current(self) -> View:
         if self._view is None:
             self._view = View(self.network, self.memory)
@@ -279,28 +303,21 @@ class MeetingPrior:
         self.advantage = float(np.clip(self.advantage * fade + (gain * weight).sum(), -6, 6))
 
     def _train(self) -> None:
-        c, memory = self.config, self.memory
-        chance = np.random.default_rng([c.seed, self.windows])
-        at = memory.replay.draw(c.batch, self._meetings_since, chance)
-        if len(at) < 4:
+        chance = np.random.default_rng([self.config.seed, self.windows])
+        found = self.gradients(self.network, chance, recent=self._meetings_since, seed=self.windows)
+        if found is None:
             return
         self._windows_since = self._meetings_since = 0
-        batch = memory.batch(at)
-        if len(memory.hosts) <= c.exact_hosts:
-            hosts = np.arange(len(memory.hosts), dtype=np.int32)
-            self.loss = self.network.step(memory, batch, hosts, np.zeros(len(hosts), np.float32), None)
-        else:
-            view = self._current()
-            view.grow()
-            self.loss = self.network.step(memory, batch, *self._candidates(batch), view)
+        self.loss, gradients = found
+        self.network.descend(gradients)
 
-    def _candidates(self, batch: Batch) -> tuple[Int32, Float32]:
+    def _candidates(self, batch: Batch, seed: int) -> tuple[Int32, Float32]:
         """A sample of hosts in proportion to the batch's own q, and the correction ln 1/(expected number) of each."""
         p = self.memory.popularity
         chance = p.anywhere(self.memory.hosts.received())
         chance = chance + p.shares(batch.service, len(chance))
         chance /= chance.sum()
-        drawn = draw(chance, self.config.drawn, self.windows)
+        drawn = draw(chance, self.config.drawn, seed)
         return drawn, -np.log(self.config.drawn * chance[drawn]).astype(np.float32)
 
     def state(self) -> dict[str, Array]:

@@ -70,6 +70,13 @@ class Graph:
     out_of: Csr
     sketched: tuple[Csr, Csr]
 
+    def to(self, device: torch.device) -> Graph:
+        """The same where `device` is."""
+        if device.type == "cpu":
+            return self
+        into, out_of, *sketched = (csr.to(device) for csr in (self.into, self.out_of, *self.sketched))
+        return Graph(self.x.to(device), into, out_of, (sketched[0], sketched[1]))
+
 
 def _over(count: int, most: int) -> bool:
     """Time to evict? An eighth may gather first: to forget a few costs as much as to forget many."""

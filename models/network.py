@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -110,12 +111,21 @@ class Network(torch.nn.Module):
         return tower.numpy(), stranger.clamp(-STEEPEST, STEEPEST).numpy()
 
     def step(self, memory: MeetingMemory, batch: Batch, candidates: Int32, excess: Float32, view: View | None) -> float:
-        """One step of Adam on a batch that the tables are made to forget. Returns the loss, nats a meeting.
+        """One step of Adam on a batch (see `gradients`). Returns the loss, nats a meeting."""
+        loss, gradients = self.gradients(memory, batch, candidates, excess, view)
+        self.descend(gradients)
+        return loss
+
+    def gradients(
+        self, memory: MeetingMemory, batch: Batch, candidates: Int32, excess: Float32, view: View | None
+    ) -> tuple[float, list[Tensor | None]]:
+        """Loss, nats a meeting, and its gradients, on a batch that the tables are made to forget.
 
         candidates i32[c]: host slots to choose from; excess f32[c]: ln of how often each stands for hosts like it. view
         None: every host is embedded with gradients; else only those of the batch and the candidates, the others speak
-        from the view.
+        from the view. Tensors are made where the weights are.
         """
+        device = self.decoder.stranger.weight.device
         hosts = len(memory.hosts)
         if view is None:
             rows = np.arange(hosts, dtype=np.int32)
@@ -123,34 +133,38 @@ class Network(torch.nn.Module):
             rows = np.unique(np.concatenate([batch.source, batch.target, candidates])).astype(np.int32)
         place = np.zeros(hosts, np.int64)
         place[rows] = np.arange(len(rows))
-        graph = memory.graph(rows, without=batch)
-        index = torch.from_numpy(rows.astype(np.int64))
-        known = None if view is None else view.embedding[1 : hosts + 1]
+        graph = memory.graph(rows, without=batch).to(device)
+        index = torch.from_numpy(rows.astype(np.int64)).to(device)
+        known = None if view is None else view.embedding[1 : hosts + 1].to(device)
         embedding = self.encoder.refresh(graph.x, index, known, graph.into, graph.out_of)
         sketch = None
         if self.decoder.overlaps:
             with torch.no_grad():
-                known = None if view is None or view.sketch is None else view.sketch[1 : hosts + 1]
-                sketch = signatures.sketch(own_signs(memory, known), index, known, *graph.sketched)
+                known = None if view is None or view.sketch is None else view.sketch[1 : hosts + 1].to(device)
+                sketch = signatures.sketch(own_signs(memory, known).to(device), index, known, *graph.sketched)
         peers = self.decoder.targets(embedding, sketch)
-        at = torch.from_numpy(place[batch.source])
-        tower, stranger = self.decoder.sources(
-            embedding[at], None if sketch is None else sketch[at], service_codes(batch.code)
+        source, target, tried = (
+            torch.from_numpy(place[slots]).to(device) for slots in (batch.source, batch.target, candidates)
         )
-        own = (tower * peers[torch.from_numpy(place[batch.target])]).sum(1, keepdim=True)
-        f = torch.cat([tower @ peers[torch.from_numpy(place[candidates])].t(), own, stranger.unsqueeze(1)], 1)
-        logits = f.clamp(-STEEPEST, STEEPEST) + torch.from_numpy(popularity_of(memory, batch, candidates)).log()
-        logits = logits + torch.from_numpy(np.append(excess, np.zeros(2, np.float32)))
-        label = torch.from_numpy(np.where(batch.fresh, len(candidates) + 1, len(candidates)))
-        weight = torch.from_numpy(batch.gate)
+        tower, stranger = self.decoder.sources(
+            embedding[source], None if sketch is None else sketch[source], service_codes(batch.code).to(device)
+        )
+        own = (tower * peers[target]).sum(1, keepdim=True)
+        f = torch.cat([tower @ peers[tried].t(), own, stranger.unsqueeze(1)], 1)
+        popular = torch.from_numpy(popularity_of(memory, batch, candidates)).log()
+        popular = popular + torch.from_numpy(np.append(excess, np.zeros(2, np.float32)))
+        logits = f.clamp(-STEEPEST, STEEPEST) + popular.to(device)
+        label = torch.from_numpy(np.where(batch.fresh, len(candidates) + 1, len(candidates))).to(device)
+        weight = torch.from_numpy(batch.gate).to(device)
         loss = (torch.nn.functional.cross_entropy(logits, label, reduction="none") * weight).sum() / weight.sum()
         gradients = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
-        self._descend(gradients)
-        return float(loss.detach())
+        return float(loss.detach()), list(gradients)
 
     @torch.no_grad()
-    def _descend(self, gradients: tuple[Tensor | None, ...]) -> None:
+    def descend(self, gradients: Sequence[Tensor | None], rate: float | None = None) -> None:
+        """One step of Adam, at `rate` if that is not the network's own."""
         self.steps += 1
+        rate = self.rate if rate is None else rate
         norm = torch.sqrt(torch.stack([g.square().sum() for g in gradients if g is not None]).sum())
         scale = float(torch.clamp(LARGEST_GRADIENT / (norm + 1e-9), max=1.0))
         fade = [1 - beta**self.steps for beta in BETAS]
@@ -160,7 +174,7 @@ class Network(torch.nn.Module):
             gradient = gradient * scale  # noqa: PLW2901
             mean.lerp_(gradient, 1 - BETAS[0])
             square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            parameter.addcdiv_(mean, (square / fade[1]).sqrt_().add_(1e-8), value=-self.rate / fade[0])
+            parameter.addcdiv_(mean, (square / fade[1]).sqrt_().add_(1e-8), value=-rate / fade[0])
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """Weights, moments and the number of steps, as arrays."""

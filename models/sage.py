@@ -60,6 +60,20 @@ class Csr:
         indptr[1:] = torch.cumsum(torch.bincount(target, minlength=nodes), 0)
         return cls(indptr, source[order], nodes, None if weight is None else weight[order])
 
+    def to(self, device: torch.device) -> Csr:
+        """The same where `device` is, with all that a gradient needs made here first."""
+        parts = (None if t is None else t.to(device) for t in (self.indptr, self.index, self.weight, self.scale))
+        indptr, index, weight, scale = parts
+        assert indptr is not None
+        assert index is not None
+        moved = Csr(indptr, index, self.columns, weight)
+        back = self.transposed
+        moved._scale, moved._transposed = scale, Csr(
+            back.indptr.to(device), back.index.to(device), back.columns,
+            None if back.weight is None else back.weight.to(device),
+        )  # fmt: skip
+        return moved
+
     @property
     def rows(self) -> int:
         """Number of rows."""

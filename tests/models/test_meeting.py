@@ -318,7 +318,7 @@ def test_one_training_step_does_not_grow_with_the_network() -> None:
     assert prior.network.steps >= 1
     batch = prior.memory.batch(prior.memory.replay.draw(512, 100, rng))
     assert 256 < len(batch) <= 1_024
-    loss = prior.network.step(prior.memory, batch, *prior._candidates(batch), prior._current())
+    loss = prior.network.step(prior.memory, batch, *prior._candidates(batch, 0), prior._current())
     assert np.isfinite(loss)
 
 
