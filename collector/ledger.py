@@ -25,8 +25,8 @@ from flowsage.collector.statistics import PROTOCOLS, by_protocol
 if TYPE_CHECKING:
     from flowsage.collector.program import FlowProgram
 
-NOT_FLOWS = ("non_ip", "malformed", "truncated")
-"""Reasons why a packet belongs in no record; every other reason that the program counts is a loss."""
+NOT_FLOWS = ("non_ip", "malformed", "truncated", "duplicate")
+"""Reasons why a packet belongs in no record (duplicate: its other copy does); every other reason that the program counts is a loss."""
 
 EVENTS = ("created", "table_full", "closed_race", "retries", "misattributed", "ring_full")
 """Counters of what is no packet."""

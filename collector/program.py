@@ -61,6 +61,8 @@ COUNTERS = (
     "bytes_udp",
     "packets_icmp",
     "bytes_icmp",
+    "duplicate_packets",
+    "duplicate_bytes",
 )
 """enum flow_counter of bpf/flow.h, in order, in lower case and without its prefix."""
 
@@ -116,7 +118,8 @@ class FlowSettings:
 
     `external_clock`: time is what `FlowProgram.clock[0]` holds (captures, tests), and a frame's length `clock[1]` where
     its top bit is set; `mirror`: packets are dropped after they
-    were counted; `tcp_ends`: FIN, RST and a new SYN end a flow; `wake_bytes`: wake the reader when so much waits.
+    were counted; `dedupe`: one that several interfaces see is counted on one of them (a copy may be a second late;
+    each direction of a flow has an interface, which another takes over from after a second of silence); `tcp_ends`: FIN, RST and a new SYN end a flow; `wake_bytes`: wake the reader when so much waits.
     """
 
     table_entries: int = 262_144
@@ -127,6 +130,7 @@ class FlowSettings:
     linger_ns: int = 1 * _SECOND
     wake_bytes: int | None = None
     mirror: bool = False
+    dedupe: bool = False
     external_clock: bool = False
     tcp_ends: bool = True
 
@@ -160,6 +164,8 @@ class _Settings(ct.Structure):
         ("external_clock", ct.c_uint8),
         ("tcp_ends", ct.c_uint8),
         ("layout", ct.c_uint8),
+        ("dedupe", ct.c_uint8),
+        ("pad", ct.c_uint8 * 7),
     )
 
 
@@ -242,6 +248,7 @@ class FlowProgram:
         constants.soonest_ns = min(filter(None, timeouts), default=0)
         constants.wake_bytes = s.ring_bytes // 8 if s.wake_bytes is None else s.wake_bytes
         constants.mirror, constants.external_clock, constants.tcp_ends = s.mirror, s.external_clock, s.tcp_ends
+        constants.dedupe = s.dedupe
 
     def identity(self) -> str:
         """What would be loaded, in one word: the same settings and the same object have the same."""
