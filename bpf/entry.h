@@ -75,7 +75,7 @@ struct side {
 	__u8 ttl_min;
 	__u8 ttl_max;
 	__u8 pad;
-	__u64 owner; /* under settings.dedupe: where the direction is counted, see packet.h */
+	__u64 owner; /* under settings.dedupe: where the direction is counted, and since when: packet.h */
 };
 
 /* The kernel's hash element is 48 bytes of its own, the key (40), then this: 256 in all, and each side on one cache line,

@@ -75,7 +75,7 @@ struct flow_record {
 };
 
 /* Rows of the per-CPU counter array, and their names in collector/loader.py (a test compares). At any quiet moment
- *   SEEN = ACCOUNTED + NON_IP + MALFORMED + TRUNCATED + LOST_*   and   ACCOUNTED = EMITTED + what the table holds.
+ *   SEEN = ACCOUNTED + NON_IP + MALFORMED + TRUNCATED + DUPLICATE + LOST_*   and   ACCOUNTED = EMITTED + what the table holds.
  */
 enum flow_counter {
 	FLOW_SEEN_PACKETS,
@@ -109,6 +109,8 @@ enum flow_counter {
 	FLOW_BYTES_UDP,
 	FLOW_PACKETS_ICMP,
 	FLOW_BYTES_ICMP,
+	FLOW_DUPLICATE_PACKETS, /* under settings.dedupe: seen on one interface, counted on another */
+	FLOW_DUPLICATE_BYTES,
 	FLOW_COUNTERS,
 };
 
@@ -130,6 +132,8 @@ struct flow_settings {
 	__u8 external_clock; /* time, and where it says so length, are those in struct flow_input */
 	__u8 tcp_ends; /* FIN, RST and a new SYN end a flow */
 	__u8 layout; /* FLOW_LAYOUT_VERSION: of the object, never set */
+	__u8 dedupe; /* a packet that several interfaces see is counted on one of them */
+	__u8 pad[7];
 };
 
 /* Written by user space before each packet of a capture. BPF_PROG_TEST_RUN carries frames of 14 to some 73,000 bytes only:
@@ -162,7 +166,7 @@ struct flow_walk {
 };
 
 _Static_assert(sizeof(struct flow_key) == 40, "flow_key");
-_Static_assert(sizeof(struct flow_settings) == 48, "flow_settings");
+_Static_assert(sizeof(struct flow_settings) == 56, "flow_settings");
 _Static_assert(sizeof(struct flow_walk) == 64, "flow_walk");
 _Static_assert(sizeof(struct flow_direction) == 64, "flow_direction");
 _Static_assert(sizeof(struct flow_record) == 248, "flow_record");

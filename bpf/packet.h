@@ -63,6 +63,35 @@ static __always_inline void next_of_side(struct side *s, const struct packet *p,
 	s->fragments += p->fragment;
 }
 
+/* Under settings.dedupe a direction is counted where it was counted last: `owner` is the place, and in its lower half the
+ * time of that in ticks. Elsewhere its packets are duplicates, until the owner has been silent for longer than a copy can
+ * be late: then whoever comes first takes over. As the word changes by compare and exchange only, one of two copies is
+ * counted even where they come at the same moment.
+ */
+#define TICK_SHIFT 20 /* 2^20 ns */
+#define SILENT_TICKS 1024 /* 1.07 s */
+
+static __always_inline __u64 owner_of(const struct packet *p, __u64 now)
+{
+	return (__u64)p->place << 32 | (__u32)(now >> TICK_SHIFT);
+}
+
+static __always_inline int is_duplicate(struct side *s, const struct packet *p, __u64 now)
+{
+	__u64 mine = owner_of(p, now), seen = *(volatile __u64 *)&s->owner;
+
+	for (int i = 0; i < TAKE_ATTEMPTS && seen != mine; i++) {
+		__u64 before = seen;
+
+		if (seen && seen >> 32 != p->place && (__s32)((__u32)mine - (__u32)seen) < SILENT_TICKS)
+			return 1;
+		seen = __sync_val_compare_and_swap(&s->owner, before, mine);
+		if (seen == before)
+			return 0;
+	}
+	return seen >> 32 != p->place;
+}
+
 /* TCP bits that this packet adds to `state`. */
 static __always_inline __u32 tcp_transition(__u32 state, const struct packet *p)
 {
@@ -85,7 +114,9 @@ static __always_inline __u32 tcp_transition(__u32 state, const struct packet *p)
 	return add;
 }
 
-/* After the packet has been counted: what it means to the conversation. Returns true where it was the last ACK. */
+/* After the packet has been counted: what it means to the conversation. Returns true where it was the last ACK (of which
+ * a copy may follow under settings.dedupe: then the flow waits out its linger).
+ */
 static __always_inline int tcp_follow(struct entry *e, const struct packet *p, __u32 state, __u64 now)
 {
 	__u32 add = tcp_transition(state, p) & ~state;
@@ -100,7 +131,7 @@ static __always_inline int tcp_follow(struct entry *e, const struct packet *p, _
 		}
 		__sync_fetch_and_or(&e->state, add);
 	}
-	return settings.tcp_ends && state & LAST_FIN << (p->side ^ 1) &&
+	return settings.tcp_ends && !settings.dedupe && state & LAST_FIN << (p->side ^ 1) &&
 	       (p->tcp_flags & (TCP_ACK | TCP_FIN | TCP_SYN | TCP_RST)) == TCP_ACK;
 }
 
@@ -131,6 +162,7 @@ static __always_inline struct entry *new_entry(const struct packet *p, __u64 now
 	s = &e->side[p->side & 1];
 	first_of_side(s, p, now);
 	s->word = ONE_PACKET | p->length;
+	s->owner = settings.dedupe ? owner_of(p, now) : 0;
 	return e;
 }
 
@@ -164,6 +196,11 @@ static __always_inline enum outcome count_packet(struct flow_counters *c, struct
 
 		if (reason && reason != FLOW_END_ACTIVE_TIMEOUT && end_flow(e, p, reason) != NO_ROOM)
 			return AGAIN;
+	}
+	if (settings.dedupe && is_duplicate(s, p, now)) {
+		c->value[FLOW_DUPLICATE_PACKETS]++;
+		c->value[FLOW_DUPLICATE_BYTES] += p->length;
+		return DONE;
 	}
 	if (unlikely(state & RESTART)) {
 		if (__sync_fetch_and_and(&e->state, ~RESTART) & RESTART)

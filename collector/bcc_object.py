@@ -153,7 +153,7 @@ class BccObject:
         lines = [f"#define {macro} {value}" for macro, value in self._defines.items()]
         for name in self._settings:
             value = self._values.get(name)
-            fields = [] if value is None else [f".{f} = {getattr(value, f)}ULL" for f, *_ in value._fields_]
+            fields = [] if value is None else [f".{f} = {getattr(value, f)}ULL" for f, *_ in value._fields_ if f != "pad"]
             lines.append(f"#define SETTINGS_OF_{name} {', '.join(fields)}")
         return "\n".join([*lines, "#line 1", ""])
 

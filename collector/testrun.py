@@ -62,15 +62,15 @@ _CHUNK = 8192
 
 
 class TestRunner:
-    """Feeds frames to one loaded FlowProgram. Keeps its memory between calls; one thread each."""
+    """Feeds frames to one loaded FlowProgram: to what sees them arrive, or to the program behind `fd`. Keeps its memory
+    between calls; one thread each."""
 
     __test__ = False  # not a test, whatever its name begins with
 
-    def __init__(self, program: FlowProgram) -> None:
+    def __init__(self, program: FlowProgram, fd: int | None = None) -> None:
         self._program = program
-        self._fd = program.xdp_fd
         self._attributes = np.zeros(_CHUNK, ATTRIBUTES)
-        self._attributes["program"] = self._fd
+        self._attributes["program"] = program.xdp_fd if fd is None else fd
         self._attributes["repeat"] = 1
 
     def feed(self, frames: Sequence[bytes | memoryview], times_ns: Sequence[int] | None = None) -> int:

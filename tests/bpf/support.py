@@ -18,6 +18,7 @@ from scapy.packet import Packet
 
 from flowsage.collector.program import FlowProgram, FlowSettings, Loader
 from flowsage.collector.ring import Records
+from flowsage.collector.testrun import TestRunner
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECOND = 1_000_000_000
@@ -45,11 +46,16 @@ def loaded(*, loader: Loader = "libbpf", **settings: Any) -> Iterator[FlowProgra
         check_ledger(program)
 
 
+def leaving(program: FlowProgram) -> TestRunner:
+    """Feeds frames to the program on the way out."""
+    return TestRunner(program, program._loaded().program_fd("flow_egress"))
+
+
 def check_ledger(program: FlowProgram) -> dict[str, int]:
     """Conservation, exactly: what was seen is in records, in the table, or under a reason."""
     c, table = program.counters(), program.table()
     for unit in ("packets", "bytes"):
-        reasons = ("accounted", "non_ip", "malformed", "truncated", "lost_table", "lost_closed")
+        reasons = ("accounted", "non_ip", "malformed", "truncated", "duplicate", "lost_table", "lost_closed")
         assert c[f"seen_{unit}"] == sum(c[f"{reason}_{unit}"] for reason in reasons)
         assert c[f"accounted_{unit}"] == c[f"emitted_{unit}"] + getattr(table, unit)
     return c
