@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowsage.collector import bpftool, libbpf, statistics, syscall
+from flowsage.collector import libbpf, statistics, syscall
 from flowsage.collector.errors import FlowsageError
+from flowsage.collector.pins import ROOT
 from flowsage.collector.program import COUNTERS
 from flowsage.collector.statistics import ProgramStats
 from flowsage.collector.xdp import attached_program
 
-ROOT = bpftool.BPFFS / "flowsage"
-"""Where sensors pin, each in a directory of its name."""
 _ON_PACKETS = {3, 6}  # enum bpf_prog_type: SCHED_CLS (of which TCX is one), XDP
 
 
@@ -26,7 +25,8 @@ class Present:
     """A program of ours that is attached or pinned.
 
     `interfaces` of this network namespace with the mode ("drv", "skb", "hw"; "tcx" for egress), `elsewhere` how many
-    it runs on in others; `pins` its paths on bpffs; `recent_runs` and `recent_ns`, the mean time of one, while we
+    it runs on in others; `sensors` directories under which it is pinned, with the process that has each of them (None:
+    no process, it goes on alone); `recent_runs` and `recent_ns`, the mean time of one, while we
     looked; `counters` by name (flow program: see `COUNTERS`; counter: packets and bytes by protocol), in the kernel
     since it was loaded.
     """
@@ -34,7 +34,7 @@ class Present:
     stats: ProgramStats
     interfaces: tuple[tuple[str, str], ...]
     elsewhere: int
-    pins: tuple[Path, ...]
+    sensors: dict[Path, int | None]
     recent_runs: int
     recent_ns: float | None
     counters: dict[str, int]
@@ -71,7 +71,7 @@ def inventory(*, root: Path = ROOT, over_s: float = 0.2) -> list[Present]:
                 stats=stats,
                 interfaces=interfaces,
                 elsewhere=max(0, len(linked.get(number, [])) - len(interfaces)),
-                pins=tuple(pins.get(number, ())),
+                sensors={directory: _holder(directory) for directory in sorted(pins.get(number, ()))},
                 recent_runs=runs,
                 recent_ns=ns / runs if runs else None,
                 counters=counters,
@@ -124,9 +124,9 @@ def _counters(stats: ProgramStats) -> dict[str, int]:
     return {}
 
 
-def _pinned_programs(root: Path) -> dict[int, list[Path]]:
-    """Programs that are pinned under `root`, and those that a link pinned there holds."""
-    found: dict[int, list[Path]] = {}
+def _pinned_programs(root: Path) -> dict[int, set[Path]]:
+    """Programs that are pinned under `root`, or held by a link pinned there, with the directories of their sensors."""
+    found: dict[int, set[Path]] = {}
     for path in _files(root):
         fd = syscall.pinned(path)
         if fd < 0:
@@ -134,14 +134,31 @@ def _pinned_programs(root: Path) -> dict[int, list[Path]]:
         try:
             kind = os.readlink(f"/proc/self/fd/{fd}")
             if "bpf-prog" in kind:
-                found.setdefault(int(syscall.info(fd, syscall.ProgramInfo).id), []).append(path)
+                number = int(syscall.info(fd, syscall.ProgramInfo).id)
             elif "bpf_link" in kind or "bpf-link" in kind:
-                found.setdefault(int(syscall.info(fd, syscall.LinkInfo).prog_id), []).append(path)
+                number = int(syscall.info(fd, syscall.LinkInfo).prog_id)
+            else:
+                continue
         except OSError:
             continue
         finally:
             os.close(fd)
+        found.setdefault(number, set()).add(root / path.relative_to(root).parts[0])
     return found
+
+
+def _holder(directory: Path) -> int | None:
+    """Process that has locked a sensor's directory (`pins.Pins`), as /proc/locks tells: to try would be to take it."""
+    try:
+        there = directory.stat()
+    except OSError:
+        return None
+    mine = f"{os.major(there.st_dev):02x}:{os.minor(there.st_dev):02x}:{there.st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if "FLOCK" in fields and fields[-3] == mine:
+            return int(fields[-4])
+    return None
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -76,7 +76,7 @@ def as_dict(program: Present) -> dict[str, Any]:
         "name": program.stats.name,
         "interfaces": dict(program.interfaces),
         "interfaces_elsewhere": program.elsewhere,
-        "pins": [str(path) for path in program.pins],
+        "sensors": {str(path): process for path, process in program.sensors.items()},
         "recent_runs": program.recent_runs,
         "recent_ns_per_run": program.recent_ns,
         "memory_bytes": program.stats.memory,
@@ -106,9 +106,13 @@ def kernel_lines(program: Present) -> list[str]:
     elif counters:
         named = ", ".join(f"{n} {counters[f'packets_{n.lower()}']:,}" for n in PROTOCOLS)
         out.append(f"           packets: {named}")
-    if program.pins:
-        folders = sorted({str(path.parent) for path in program.pins})
-        out.append(f"           pinned in {', '.join(folders)}: it goes on without a process")
+    for path, process in program.sensors.items():
+        who = (
+            f"process {process} runs it"
+            if process
+            else "no process runs it, it counts on: see `flowsage collect --help`"
+        )
+        out.append(f"           pinned in {path}: {who}")
     return out
 
 

@@ -20,6 +20,7 @@ from flowsage.collector import (
     in_namespace,
 )
 from flowsage.collector.inventory import Present, inventory
+from flowsage.collector.pins import Pins
 from flowsage.pipelines.cli import main
 from tests.bpf.support import build, needs_root, tcp, udp
 from tests.bpf.veth import VethPair, run, veth_pair
@@ -61,7 +62,7 @@ def test_a_program_is_told_with_its_interfaces_here_and_elsewhere(pair: VethPair
             send(pair, udp(), udp(), tcp("S"))
             here = found(counter)
             assert here is not None
-            assert (here.interfaces, here.elsewhere, here.pins) == (((pair.receiver, "skb"),), 0, ())
+            assert (here.interfaces, here.elsewhere, here.sensors) == (((pair.receiver, "skb"),), 0, {})
             assert [here.counters[f"packets_{name}"] for name in ("tcp", "udp", "icmp", "other")] == [1, 2, 0, 0]
         from_outside = found(counter)
         assert from_outside is not None
@@ -130,7 +131,7 @@ def test_what_goes_on_without_a_process_is_found_and_status_shows_it(
         alone = found(program_id)
         assert alone is not None
         assert alone.interfaces == ((pair.receiver, "drv"),)
-        assert sorted(alone.pins) == [folder / "link", folder / "program"]
+        assert alone.sensors == {folder: None}
         table = alone.stats.map("flows")
         assert (table.used, table.size) == (3, 100)
         assert (alone.counters["seen_packets"], alone.counters["accounted_packets"]) == (5, 4)
@@ -141,10 +142,24 @@ def test_what_goes_on_without_a_process_is_found_and_status_shows_it(
     assert f"flow_xdp (program {program_id}) on {pair.receiver} (drv)" in shown.output
     assert "flows: 3 of 100 entries (3.0%)" in shown.output
     assert "5 packets seen, 4 in flows, 0 of them sent in 0 records; not in flows: non_ip 1" in shown.output
-    assert f"pinned in {folder}: it goes on without a process" in shown.output
+    assert f"pinned in {folder}: no process runs it, it counts on" in shown.output
     (row,) = (row for row in json.loads(told.output)["kernel"] if row["program_id"] == program_id)
     assert row["maps"]["flows"] == {"type": "hash", "size": 100, "used": 3}
     assert row["interfaces"] == {pair.receiver: "drv"}
+    assert row["sensors"] == {str(folder): None}
+
+
+def test_the_process_that_has_a_sensor_is_named(pair: VethPair) -> None:
+    with FlowProgram(FlowSettings(table_entries=64)) as program:
+        pins = Pins(f"fsin-{os.getpid()}")
+        try:
+            pins.put(program.xdp_fd, "program-flow_xdp", 1)
+            here = found(program.program_id)
+        finally:
+            pins.clear()
+            pins.close()
+        assert here is not None
+        assert here.sensors == {pins.directory: os.getpid()}
 
 
 def test_without_privilege_the_sentence_says_what_it_takes() -> None:
