@@ -75,6 +75,8 @@ class Contacts:
         """The contacts of the k-th window (0 <= k < w), as views; `of_flow` counts from its first contact."""
         if not 0 <= k < len(self.windows):
             raise IndexError(f"window {k} of a run of {len(self.windows)}")
+        if len(self.windows) == 1:
+            return self
         a, b = int(self.offsets[k]), int(self.offsets[k + 1])
         f, g = int(self.flow_offsets[k]), int(self.flow_offsets[k + 1])
         return Contacts(

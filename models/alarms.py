@@ -6,9 +6,10 @@ enters once, when it arrives; nothing said is taken back; the same steps give th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,8 @@ from flowsage.models.explain import META, Evidence, Explained, Finding, explain
 __all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding", "Looked"]
 
 Array = npt.NDArray[Any]
+_First = TypeVar("_First")
+_Second = TypeVar("_Second")
 
 GRANDFATHERED = 30 * an.MINUTE
 """A beat that was there before this much of the stream, or of its source's life, is how they are."""
@@ -194,33 +197,44 @@ class Alarms:
         """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `levels.judge` writes them."""
         n, m, config = len(c), self.memory, self.config
         source, target = c.hosts.hash[c.src], c.hosts.hash[c.dst]
-        slots = np.empty((5, n), np.int32)
-        before = len(m.hosts.table)
-        slots[:2] = m.hosts.slots(np.concatenate((source, target)), self._block).reshape(2, n)
-        if len(m.hosts.table) > before:
-            self._name(before, slots, c)
-        keys = np.empty((3, n), np.uint64)
         service, told = np.ascontiguousarray(c.service), np.ascontiguousarray(c.told)
-        levels.key_hashes(source, target, service, keys)
-        for j, store in enumerate((m.services, m.pairs, m.contacts)):
-            slots[2 + j] = store.slots(keys[j], self._block)
+        slots, keys, before = np.empty((5, n), np.int32), np.empty((3, n), np.uint64), len(m.hosts.table)
+
+        def of_hosts() -> Array:
+            slots[:2] = m.hosts.slots(np.concatenate((source, target)), self._block).reshape(2, n)
+            return m.codes.slots(
+                (service.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15), self._block
+            )
+
+        def of_keys() -> None:
+            levels.key_hashes(source, target, service, keys)
+            for j, store in enumerate((m.services, m.pairs, m.contacts)):
+                slots[2 + j] = store.slots(keys[j], self._block)
+
+        codes, _ = self._both(n, of_hosts, of_keys)
         h = m.hosts.arrays
+        if len(m.hosts.table) > before:
+            h["born"][before : len(m.hosts.table)] = now
+            self._name(before, slots, c)
         born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
         cells = tuple(s.arrays["cells"].reshape(-1, 6) for s in (m.hosts, m.services, m.pairs, m.contacts))
         known = np.stack((looked.known, looked.pair_known, looked.service_known)) > 0
         counts, sent = np.stack((c.flows, c.answered, c.failed)), c.bytes_fwd - c.bytes_rev
         fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
-        sources, targets, news = levels.register(
-            slots, counts[2], known, h["born"], born, h["active"], now, self._block, fresh, active
-        )
-        self._active[0].append(active[0, :sources])
-        self._active[1].append(active[1, :targets])
         what = service, counts, told, sent, fresh, np.ascontiguousarray(looked.C_ss, np.float64), tails
-        levels.remember(
-            slots, *what, np.stack((c.first_ns, c.last_ns)), h["inside"], now, news, self._log_inc, self._log_meta,
-            self._log_at,
-        )  # fmt: skip
-        strength = self._beats(c, slots, looked)
+
+        def register() -> None:
+            sources, targets, news = levels.register(
+                slots, counts[2], known, h["born"], born, h["active"], now, self._block, fresh, active
+            )
+            self._active[0].append(active[0, :sources])
+            self._active[1].append(active[1, :targets])
+            levels.remember(
+                slots, *what, np.stack((c.first_ns, c.last_ns)), h["inside"], now, news, self._log_inc, self._log_meta,
+                self._log_at,
+            )  # fmt: skip
+
+        _, strength = self._both(n, register, lambda: self._beats(c, slots, codes, looked))
         scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
         allowed = self.allowed if self._ready_at >= 0 else -1.0
 
@@ -244,16 +258,20 @@ class Alarms:
 
         if n < THREADED:
             return judged(0, 1)
-        other = self._thread.submit(judged, 1, 2)
-        mine = judged(0, 2)
-        theirs = other.result()
+        mine, theirs = self._both(n, lambda: judged(0, 2), lambda: judged(1, 2))
         return np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
 
-    def _beats(self, c: Contacts, slots: Array, looked: Looked) -> Array:
+    def _both(self, size: int, first: Callable[[], _First], second: Callable[[], _Second]) -> tuple[_First, _Second]:
+        """Two things that do not depend on each other: at once where that is worth a second thread."""
+        if size < THREADED:
+            return first(), second()
+        other = self._thread.submit(second)
+        return first(), other.result()
+
+    def _beats(self, c: Contacts, slots: Array, codes: Array, looked: Looked) -> Array:
         """Strength f8[c] of the beat of each contact's key, after the pane's contacts."""
         m, scale = self.memory, self.config.time_scale
         assert self._origin_ns is not None
-        codes = m.codes.slots((c.service.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15), self._block)
         strength = np.empty(len(c))
         settled = max(GRANDFATHERED / scale, self._ready_at if self._ready_at >= 0 else np.inf)
         beacon.beats(

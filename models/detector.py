@@ -7,7 +7,7 @@ nothing learnt from an open window is used, so scores depend on the past alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,8 @@ class Detector:
         self.history = History(self.config.history)
         self.alarms = Alarms(self.config.alarms)
         self.prior = MeetingPrior(self.config.meeting, self.alarms.internal) if self.config.graph else None
+        self._folded: tuple[FlowBatch, Contacts] | None = None
+        """Flows of the last pane, and their contacts."""
 
     def pane(self, now_ns: int, arrived: FlowBatch) -> list[Finding]:
         """Look at the flows that arrived since the last pane; returns findings created, updated or closed.
@@ -76,12 +78,13 @@ class Detector:
         now_ns is event time: it never goes back, and moves on without flows too, so that findings can close.
         """
         seen = contacts(arrived, ALL_TIME)
+        self._folded = arrived, seen
         looked = self.history.lookup(seen)
         return self.alarms.step(now_ns, seen, looked, self._tails(seen, looked.known == 0))
 
     def close(self, flows: FlowBatch) -> ClosedWindows:
         """Score the flows of windows that have closed, in time order, and learn from them."""
-        run = contacts(flows, self.config.window_ns)
+        run = self._fold(flows)
         scores = self.history.score(flows, run)
         first = scores.known == 0
         tails = np.full(len(run), np.nan)
@@ -124,6 +127,17 @@ class Detector:
             detector.prior = MeetingPrior(config.meeting, detector.alarms.internal)
             detector.prior.restore(part("prior/"))
         return detector
+
+    def _fold(self, flows: FlowBatch) -> Contacts:
+        """Contacts of closed windows. Where one pane was all of one window, as in a file of few flows, it has them."""
+        folded, self._folded = self._folded, None
+        window_ns = self.config.window_ns
+        if folded is not None and folded[0] is flows and len(flows) and len(folded[1].windows) == 1:
+            first, last = (int(flows.start_ns[at]) // window_ns for at in (0, -1))
+            if first == last:
+                window = np.full(len(folded[1]), first, np.int64)
+                return replace(folded[1], window=window, windows=np.array([first], np.int64))
+        return contacts(flows, window_ns)
 
     def _tails(self, seen: Contacts, first: npt.NDArray[np.bool_]) -> Float64:
         if self.prior is None:

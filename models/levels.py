@@ -21,13 +21,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from flowsage.models.analytics import (
-    FAMILIES,
-    TABLE,
-    contributions,
-)
+from flowsage.graph.prefetch import prefetch
+from flowsage.models.analytics import BURST, EXFIL, FAMILIES, FLOOD, TABLE, contributions
 from flowsage.models.calibration import THRESHOLD, tail
-from flowsage.models.keys import mix
+from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
 
 LEVEL, AT, RECORD, LAST, BEFORE, HELD = range(6)
@@ -123,7 +120,14 @@ def register(slots, failed, known, host_born, born, active_block, now, block, fr
     know it either) and active i32[2, ·]. Returns (active sources, active targets, contacts that are new or failed).
     """
     actives, news = np.zeros(2, np.int64), 0
-    for i in range(slots.shape[1]):
+    last = slots.shape[1] - 1
+    for i in range(last + 1):
+        soon = min(i + AHEAD, last)
+        for role in range(2):
+            prefetch(host_born, np.int64(slots[role, soon]))
+            prefetch(active_block, np.int64(slots[role, soon]))
+        for j in range(3):
+            prefetch(born[j], np.int64(slots[4 - j, soon]))
         for role in range(2):
             host = slots[role, i]
             if host_born[host] < 0.0:
@@ -184,7 +188,14 @@ def raise_levels(  # type: ignore[no-untyped-def]
     failed. Writes touched i32[·, 3] (analytic, row, contact); returns how many.
     """
     out, both, m = np.zeros(len(kind)), np.zeros(2, np.bool_), 0
-    for i in range(len(service)):
+    last = len(service) - 1
+    for i in range(last + 1):
+        soon = min(i + AHEAD, last)
+        prefetch(services, np.int64(slots[2, soon]) * width[1] + column[BURST])
+        prefetch(pairs, np.int64(slots[3, soon]) * width[2] + column[EXFIL])
+        prefetch(hosts, np.int64(slots[1, soon]) * width[0] + column[FLOOD])
+        prefetch(host_born, np.int64(slots[0, soon]))
+        prefetch(host_born, np.int64(slots[1, soon]))
         source, target = slots[0, i], slots[1, i]
         mine, theirs = source % parts == part, target % parts == part
         if not (mine or theirs):
@@ -226,8 +237,31 @@ def judge(  # type: ignore[no-untyped-def]
     """
     count, total = 0, m
     nothing = np.expm1(THRESHOLD)  # a level that is no excess over any record
+    # An excess below which p is above what matters: no host's smallest, no cause of a joint alarm, no alarm.
+    enough = np.empty_like(rate)
+    for a in range(len(kind)):
+        matters = max(share[a], JOINT_P, allowed * share[a])
+        for g in range(rate.shape[1]):
+            more = max(1.0, rate[a, g] / matters) ** (1.0 / shape[a, g]) - 1.0
+            enough[a, g] = THRESHOLD + scale[a, g] * more * (1.0 - 1e-9)
     i = 0
     while i < total:
+        soon = min(i + AHEAD, total - 1)
+        a, row = touched[soon, 0], np.int64(touched[soon, 1])
+        if kind[a] == 0:
+            prefetch(hosts, row)
+            prefetch(hosts, row + 1)
+        elif kind[a] == 1:
+            prefetch(services, row)
+            prefetch(services, row + 1)
+        elif kind[a] == 2:
+            prefetch(pairs, row)
+            prefetch(pairs, row + 1)
+        else:
+            prefetch(contacts, row)
+            prefetch(contacts, row + 1)
+        host = slots[1, touched[soon, 2]] if is_target[a] else slots[0, touched[soon, 2]]
+        prefetch(host_born, np.int64(host))
         a, row, contact = touched[i, 0], touched[i, 1], touched[i, 2]
         i += 1
         host = slots[1, contact] if is_target[a] else slots[0, contact]
@@ -273,6 +307,11 @@ def judge(  # type: ignore[no-untyped-def]
         else:
             age = now - born[3 - what][row // width[what]]
             group = 1 if age < hour else (2 if age < day else 3)
+        if excess < enough[a, group]:
+            if not held:
+                at = a * rate.shape[1] + group
+                best[host, at] = max(best[host, at], np.float32(excess))
+            continue
         p = tail(excess, rate[a, group], shape[a, group], scale[a, group])
         smallest[host] = min(smallest[host], p / share[a])
         alarm = excess >= LEAST_EXCESS and x >= least[a] and p <= allowed * share[a]
