@@ -31,7 +31,7 @@ from flowsage.collector.xdp import Attachment, EBPFAttachMode, attach, programs_
 PROGRAMS = Path(flowsage.bpf.__file__).resolve().parent
 """Where the objects that belong to this code lie."""
 OTHER_NAMES = {"xdp_counter.o": "counter.bpf.o"}
-"""Objects that we ship, by the name of their program."""
+"""Objects that we build, as scripts that think of the program call them."""
 STATS_OVER_S = 0.1
 
 Backend = Literal["libbpf", "bpftool"]
@@ -219,10 +219,9 @@ class EBPFLoader:
             raise UnknownProgramError(f"program {program_id} was not loaded here") from None
 
     def _find(self, path: Path) -> Path:
-        if path.name != str(path) or path.exists():
-            return path
-        shipped = self.programs_dir / OTHER_NAMES.get(path.name, path.name)
-        return shipped if shipped.exists() else path
+        names = [path.name, *([OTHER_NAMES[path.name]] if path.name in OTHER_NAMES else [])]
+        folders = [path.parent, *([self.programs_dir] if path.name == str(path) else [])]
+        return next((found for folder in folders for name in names if (found := folder / name).exists()), path)
 
     def __enter__(self) -> EBPFLoader:
         return self

@@ -139,6 +139,21 @@ def test_a_script_for_the_original_system_runs_unchanged(pair: VethPair) -> None
     assert EBPFLoader.unload_program_complete is EBPFLoader.unload_program
 
 
+def test_an_object_is_found_by_the_name_of_its_program_and_one_in_the_working_directory_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with create_ebpf_loader() as loader:
+        for name, program in (("xdp_counter.o", "xdp_counter"), ("flow.bpf.o", "flow_xdp")):
+            loader.load_program(name)
+            assert loader.list_loaded_programs()[-1].name == program
+        loader.load_program(ROOT / "bpf" / "xdp_counter.o")
+        assert loader.list_loaded_programs()[-1].path == COUNTER
+        shutil.copy(FLOW, tmp_path / "xdp_counter.o")
+        loader.load_program("xdp_counter.o")
+        assert loader.list_loaded_programs()[-1].name == "flow_xdp"
+
+
 def test_without_libbpf_all_of_it_works_by_bpftool(pair: VethPair) -> None:
     """In a mount namespace where libbpf.so.1 is an empty file, so that nothing in the process can open it."""
     script = (
