@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         AttachmentError,
         AttachModeError,
         BusyInterfaceError,
+        BusySensorError,
         ConfigurationError,
         FlowsageError,
         InterfaceError,
@@ -37,6 +38,7 @@ __all__ = [
     "Attachment",
     "AttachmentError",
     "BusyInterfaceError",
+    "BusySensorError",
     "ConfigurationError",
     "EBPFAttachMode",
     "EBPFLoader",
@@ -66,9 +68,9 @@ __all__ = [
 _MODULES = {
     "agent": ("Agent", "AgentSettings"),
     "errors": (
-        "AttachModeError", "AttachmentError", "BusyInterfaceError", "ConfigurationError", "FlowsageError",
-        "InterfaceError", "KernelSupportError", "MissingInterfaceError", "MissingLoaderError", "ObjectError",
-        "PrivilegeError", "ProgramError", "RejectedError", "UnknownProgramError",
+        "AttachModeError", "AttachmentError", "BusyInterfaceError", "BusySensorError", "ConfigurationError",
+        "FlowsageError", "InterfaceError", "KernelSupportError", "MissingInterfaceError", "MissingLoaderError",
+        "ObjectError", "PrivilegeError", "ProgramError", "RejectedError", "UnknownProgramError",
     ),
     "interface": ("Interface", "in_namespace", "read_interface"),
     "loader": ("EBPFLoader", "EBPFProgramType", "LoadedProgram", "create_ebpf_loader"),

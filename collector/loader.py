@@ -61,7 +61,7 @@ class _Held:
 
 
 class EBPFLoader:
-    """Loads built objects and attaches their programs. A context manager: leaves nothing behind.
+    """Loads built objects and attaches their programs. A context manager: leaves nothing behind. One thread at a time.
 
     Attachments are links that end with this process, however it ends. `backend` says by what objects are loaded.
     Errors: ProgramError, InterfaceError and their subclasses, PrivilegeError; see collector/errors.py.
@@ -251,9 +251,8 @@ def _available(backend: Literal["auto"] | Backend) -> Backend:
         libbpf.library()
         return "libbpf"
     if bpftool.find() is None:
-        also = "" if backend == "bpftool" else "neither libbpf.so.1 nor "
-        verb, which = ("is not", "bpftool") if backend == "bpftool" else ("is", "libbpf1 (or bpftool)")
-        raise MissingLoaderError(f"{also}bpftool {verb} installed; install the package {which}")
+        missing = "bpftool is not" if backend == "bpftool" else "neither libbpf.so.1 nor bpftool is"
+        raise MissingLoaderError(f"{missing} installed; install the package bpftool (or libbpf1, which is enough)")
     return "bpftool"
 
 

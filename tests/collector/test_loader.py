@@ -108,6 +108,13 @@ def test_attach_and_detach_are_what_the_kernel_says(loader: EBPFLoader, wire: st
         loader.detach_from_interface(program_id, wire)
 
 
+def test_a_card_that_runs_no_programs_is_a_clear_refusal(loader: EBPFLoader, wire: str) -> None:
+    program_id = loader.load_program(COUNTER)
+    with pytest.raises(AttachModeError, match=f"{wire} cannot run XDP in mode hw: its card cannot .*use drv or skb"):
+        loader.attach_to_interface(program_id, wire, EBPFAttachMode.HW)
+    assert attached_program(wire) is None
+
+
 def test_a_program_attached_in_another_namespace_is_not_detached(loader: EBPFLoader, pair: VethPair) -> None:
     program_id = loader.load_program(COUNTER)
     with pair.inside():

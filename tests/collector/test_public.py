@@ -6,9 +6,9 @@ import sys
 import flowsage.collector
 
 LIST = """
-Agent AgentSettings AttachModeError Attachment AttachmentError BusyInterfaceError ConfigurationError EBPFAttachMode
-EBPFLoader EBPFProgramType FlowProgram FlowSettings FlowsageError Interface InterfaceError KernelSupportError
-LoadedProgram MapStats MissingInterfaceError MissingLoaderError ObjectError PrivilegeError ProgramError ProgramStats
+Agent AgentSettings AttachModeError Attachment AttachmentError BusyInterfaceError BusySensorError ConfigurationError
+EBPFAttachMode EBPFLoader EBPFProgramType FlowProgram FlowSettings FlowsageError Interface InterfaceError
+KernelSupportError LoadedProgram MapStats MissingInterfaceError MissingLoaderError ObjectError PrivilegeError ProgramError ProgramStats
 RejectedError UnknownProgramError create_ebpf_loader flow_program in_namespace read_interface
 """
 
@@ -25,7 +25,7 @@ def test_the_public_names_are_these_and_all_are_there() -> None:
 
 def test_every_error_is_a_class_of_its_own_under_one_root() -> None:
     errors = {name: getattr(flowsage.collector, name) for name in flowsage.collector.__all__ if name.endswith("Error")}
-    assert len(set(errors.values())) == len(errors) == 14
+    assert len(set(errors.values())) == len(errors) == 15
     assert all(issubclass(error, flowsage.collector.FlowsageError) for error in errors.values())
 
 
