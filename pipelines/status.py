@@ -60,7 +60,7 @@ def show(address: str, port: int, *, as_json: bool = False) -> None:
     except FlowsageError as error:
         present, unasked = [], str(error)
     if silent is not None and not present:
-        raise silent
+        raise NotRunningError(f"{silent}; nor could the kernel be asked: {unasked}") if unasked else silent
     if as_json:
         click.echo(json.dumps({"process": samples, "kernel": [as_dict(p) for p in present]}, indent=1, sort_keys=True))
         return

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -171,3 +173,15 @@ def test_without_privilege_the_sentence_says_what_it_takes() -> None:
         "try:\n    inventory()\nexcept PrivilegeError as error:\n    print(error)\n"
     )
     assert "CAP_BPF" in run(sys.executable, "-c", code)
+
+
+def test_status_without_process_and_privilege_says_both() -> None:
+    code = (
+        "import os\n"
+        "from flowsage.pipelines.cli import main\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "main(['status', '--port', '1'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(r"is `flowsage run` running.*nor could the kernel be asked.*CAP_BPF", done.stderr)

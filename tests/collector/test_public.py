@@ -8,8 +8,8 @@ import flowsage.collector
 LIST = """
 Agent AgentSettings AttachModeError Attachment AttachmentError BusyInterfaceError BusySensorError ConfigurationError
 EBPFAttachMode EBPFLoader EBPFProgramType FlowProgram FlowSettings FlowsageError Interface InterfaceError
-KernelSupportError LoadedProgram MapStats MissingInterfaceError MissingLoaderError ObjectError PrivilegeError ProgramError ProgramStats
-RejectedError UnknownProgramError create_ebpf_loader flow_program in_namespace read_interface
+KernelSupportError LoadedProgram MapStats MissingInterfaceError MissingLoaderError ObjectError PrivilegeError
+ProgramError ProgramStats RejectedError UnknownProgramError create_ebpf_loader flow_program in_namespace read_interface
 """
 
 
