@@ -13,9 +13,10 @@ STAMPS := build/stamps
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 # What the machine needs: building the objects (clang, libbpf-dev), loading them (libbpf1, bpftool), BCC for the
-# run-time backend and the benchmark, the lab's scan (nmap), replay and checks in the tests (tcpreplay, tshark, promtool).
+# run-time backend and the benchmark, the lab's scan (nmap), replay, checks and a Kafka broker in the tests (tcpreplay,
+# tshark, promtool; Java).
 APT := python3-venv clang clang-format llvm make iproute2 ethtool procps libbpf1 libbpf-dev linux-libc-dev bpftool \
-       python3-bpfcc linux-headers-amd64 nmap tcpreplay tshark prometheus
+       python3-bpfcc linux-headers-amd64 nmap tcpreplay tshark prometheus default-jre-headless openssl
 # A CPU build of torch where pip offers one: PyTorch's own index first, then what the configured index has.
 TORCH := torch==2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu

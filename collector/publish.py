@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,7 +33,7 @@ Headers = Sequence[tuple[str, bytes]]
 
 
 class Log(Protocol):
-    """Where records are appended: `flowsage.pipelines.log.MemoryLog`, or Kafka.
+    """Where records are appended: `flowsage.pipelines.memory_log.MemoryLog`, or Kafka.
 
     When `append` returns, the record is the log's responsibility; when it raises, nothing was appended.
     """
@@ -64,7 +64,11 @@ class Origin:
     @classmethod
     def of(cls, table: pa.Table) -> Origin:
         """From the metadata of a deserialised batch; raises KeyError or ValueError where it is not there."""
-        metadata = table.schema.metadata or {}
+        return cls.read(table.schema.metadata or {})
+
+    @classmethod
+    def read(cls, metadata: Mapping[bytes, bytes]) -> Origin:
+        """From what `metadata` gave; raises KeyError or ValueError for anything else."""
         return cls(
             sensor=metadata[b"flowsage.sensor"].decode(),
             boot=metadata[b"flowsage.boot"].decode(),

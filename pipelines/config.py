@@ -19,7 +19,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -104,6 +104,15 @@ class WindowSettings(_Section):
     window: Duration = Field(60 * SECOND, description="history and graph learn from windows of this length")
     pane: Duration = Field(10 * SECOND, description="alarms look this often")
     lateness: Duration = Field(0, description="how long a window waits beyond what its sensors' watermarks say")
+    idle_timeout: Duration = Field(
+        30 * SECOND, gt=0, description="a sensor that is silent for so long is not waited for until it speaks again"
+    )
+    max_ahead: Duration = Field(
+        300 * SECOND, gt=0, description="a flow that begins later than so long from now is refused: its clock is wrong"
+    )
+    max_behind: Duration = Field(
+        300 * SECOND, gt=0, description="a sensor whose clock is so far behind, and stays so, is not waited for"
+    )
 
 
 Prior = Literal["none", "popularity", "mlp", "sage1", "sage2", "sage2-sketches"]
@@ -142,6 +151,68 @@ class AlarmSettings(_Section):
     internal: Names = Field((), description="networks that are ours; default: private and link-local addresses")
 
 
+class KafkaSettings(_Section):
+    """Kafka: where the brokers are, what the topics are called, how the sensor publishes. Empty: not set.
+
+    Below `client_id` every key is a setting of kafka-python under its own name, and means what it means there.
+    """
+
+    bootstrap_servers: Names = Field((), description="host:port of some brokers; none: no Kafka")
+    prefix: str = Field("flowsage", pattern=r"^[A-Za-z0-9-]+$", description="topics are called PREFIX.flows.v1, …")
+    site: str = Field("default", min_length=1, description="network of this sensor; a site is scored as one whole")
+    spool: Path = Field(Path("/var/lib/flowsage/spool"), description="where batches wait that Kafka does not take")
+    spool_bytes: Size = Field(2**30, description="the most that waits there; the oldest are given up, counted")
+    patience: Duration = Field(SECOND // 2, description="how long the sensor waits for Kafka before it spools a batch")
+    client_id: str = Field("flowsage", description="name of this client in the brokers' logs")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    ssl_cafile: str = ""
+    ssl_certfile: str = ""
+    ssl_keyfile: str = ""
+    ssl_password: SecretStr = SecretStr("")
+    ssl_crlfile: str = ""
+    ssl_ciphers: str = ""
+    ssl_check_hostname: bool = True
+    sasl_mechanism: Literal["", "PLAIN", "GSSAPI", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
+    sasl_plain_username: str = ""
+    sasl_plain_password: SecretStr = SecretStr("")
+    sasl_kerberos_name: str = ""
+    sasl_kerberos_service_name: str = "kafka"
+    sasl_kerberos_domain_name: str = ""
+    proxy_url: SecretStr = SecretStr("")
+    client_dns_lookup: str = "use_all_dns_ips"
+    request_timeout_ms: int = Field(30_000, gt=500)
+    reconnect_backoff_ms: int = Field(50, gt=0)
+    reconnect_backoff_max_ms: int = Field(1000, gt=0)
+    retry_backoff_ms: int = Field(100, gt=0)
+    connections_max_idle_ms: int = Field(540_000, gt=0)
+    metadata_max_age_ms: int = Field(300_000, gt=0)
+
+    def client(self) -> dict[str, Any]:
+        """The settings of every client, for kafka-python; secrets among them do not show in its own messages."""
+        ours = ("prefix", "site", "spool", "spool_bytes", "patience")
+        values = {name: getattr(self, name) for name in type(self).model_fields if name not in ours}
+        values = {k: _Masked(v.get_secret_value()) if isinstance(v, SecretStr) else v for k, v in values.items()}
+        return {k: v for k, v in values.items() if v != ""} | {"bootstrap_servers": list(self.bootstrap_servers)}
+
+
+class _Masked(str):
+    """A secret that works as a string and does not show where a dictionary of settings is printed."""
+
+    def __repr__(self) -> str:
+        return "'**********'"
+
+
+class ScoreSettings(_Section):
+    """`flowsage score`: what it leaves behind for whoever goes on."""
+
+    group: str = Field("flowsage-scorer", min_length=1, description="consumer group; one group scores a topic once")
+    state: str = Field("", description="folder or URL (s3://…) for snapshots of what was learnt; none: it warms up")
+    snapshot_interval: Duration = Field(300 * SECOND, description="how often one is written, by the sensors' time")
+    snapshot_windows: int = Field(0, ge=0, description="and after every so many windows; 0: by time alone")
+    snapshots: int = Field(3, gt=0, description="snapshots that are kept of each partition")
+    embeddings: bool = Field(False, description="publish the hosts' embeddings of every window too")
+
+
 class MetricsSettings(_Section):
     """Prometheus."""
 
@@ -160,6 +231,8 @@ class Settings(BaseSettings):
     windows: WindowSettings = WindowSettings()
     model: ModelSettings = ModelSettings()
     alarms: AlarmSettings = AlarmSettings()
+    kafka: KafkaSettings = KafkaSettings()
+    score: ScoreSettings = ScoreSettings()
     metrics: MetricsSettings = MetricsSettings()
 
     @classmethod
@@ -250,7 +323,17 @@ def load(
             near = _near(key)
             raise ConfigurationError(f"unknown configuration key {key!r}{where}{near}") from e
         message = first["msg"].removeprefix("Value error, ")
+        if _secret(key):
+            raise ConfigurationError(f"configuration key {key!r}{where}: {message}") from None
         raise ConfigurationError(f"configuration key {key!r}{where}: {message}, not {first['input']!r}") from e
+
+
+def _secret(key: str) -> bool:
+    """Whether `key` ("kafka.ssl_password") holds what must not be told."""
+    section, _, name = key.partition(".")
+    found = Settings.model_fields.get(section)
+    fields = getattr(found.annotation, "model_fields", {}) if found else {}
+    return name in fields and fields[name].annotation is SecretStr
 
 
 def _near(key: str) -> str:

@@ -22,7 +22,8 @@ from flowsage.collector.agent import Agent
 from flowsage.collector.collect import stopped_by_signals, summary
 from flowsage.collector.publish import FLOWS_TOPIC, Publisher, deserialise
 from flowsage.pipelines.config import Settings
-from flowsage.pipelines.log import LogRecord, MemoryLog
+from flowsage.pipelines.log import Log, LogRecord
+from flowsage.pipelines.memory_log import MemoryLog
 from flowsage.pipelines.metrics import Metrics, Value
 from flowsage.pipelines.sensor import agent_settings
 
@@ -68,7 +69,7 @@ def sensor_metrics(agent: Agent) -> Mapping[str, Value]:
 class LiveScoring:
     """Consumes flow batches from the log a pane at a time, and puts findings and offsets back in one transaction."""
 
-    def __init__(self, settings: Settings, log: MemoryLog, writer: FindingWriter, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, log: Log, writer: FindingWriter, metrics: Metrics) -> None:
         from flowsage.pipelines.score import Scorer
 
         self.settings = settings
@@ -79,6 +80,7 @@ class LiveScoring:
         self.scorer: Scorer = Scorer(settings, on_findings=self._findings)
         self._consumer = log.consumer(GROUP, FLOWS_TOPIC)
         self._reader = log.consumer("output", ANOMALIES_TOPIC)
+        self._transactor = log.transactor(GROUP)
         self._told: list[Finding] = []
         self._arrived: list[FlowBatch] = []
         self._watermark_ns = 0
@@ -121,10 +123,10 @@ class LiveScoring:
         self._told = []
         windows = self.scorer.counters.window_seconds
         self.scorer.step(flows, now_ns, self._watermark_ns, self._sensor)
-        with self.log.transaction() as transaction:
+        with self._transactor.transaction() as transaction:
             for finding in self._told:
                 transaction.append(ANOMALIES_TOPIC, finding.host.encode(), to_json(finding).encode())
-            transaction.commit_offsets(GROUP, FLOWS_TOPIC, self._consumer.position())
+            transaction.commit_offsets(self._consumer, self._consumer.position())
         for record in self._reader.poll():
             self.writer.write_json((record.value or b"").decode())
         self._reader.commit()

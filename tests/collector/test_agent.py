@@ -17,7 +17,7 @@ from flowsage.collector.errors import ConfigurationError, InterfaceError
 from flowsage.collector.interface import in_namespace, read_interface
 from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, Sink, deserialise
 from flowsage.collector.records import FLOW_SCHEMA, packets_in
-from flowsage.pipelines.log import MemoryLog
+from flowsage.pipelines.memory_log import MemoryLog
 from tests.collector.wires import Wire, attached, conversation, eventually, ip, udp, wire
 
 MS = 1_000_000

@@ -14,7 +14,7 @@ from flowsage.collector.errors import ConfigurationError
 from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, deserialise
 from flowsage.collector.records import FLOW_SCHEMA, RECORD_DTYPE, to_batch
 from flowsage.collector.spool import Spool
-from flowsage.pipelines.log import MemoryLog
+from flowsage.pipelines.memory_log import MemoryLog
 
 
 def batch(n: int, first: int = 0) -> pa.RecordBatch:
