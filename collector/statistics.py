@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,9 @@ def _used(fd: int, info: syscall.MapInfo, kind: str) -> int | None:
         return int(info.max_entries)
     if kind in _HASHES:
         copies = syscall.possible_cpus() if "percpu" in kind else 1
-        return syscall.count_entries(fd, info.key_size, -(-info.value_size // 8) * 8 * copies)
+        with suppress(OSError):
+            return syscall.count_entries(fd, info.key_size, -(-info.value_size // 8) * 8 * copies)
+        return None
     return _waiting(fd) if kind == "ringbuf" else None
 
 

@@ -221,7 +221,10 @@ def lookup(map_fd: int, key: int, value: Any) -> int:
 
 
 def count_entries(map_fd: int, key_bytes: int, value_bytes: int) -> int:
-    """How many entries a hash holds; `value_bytes` for all CPUs. Copies every one: 0.1 s for 262,144 flows. OSError."""
+    """How many entries a hash holds; `value_bytes` for all CPUs. Copies every one: 75 ms for 262,144 flows.
+
+    Raises OSError (on a kernel before 5.6, which has no batches).
+    """
     chunk, entries = 8192, 0
     keys, values = (ct.c_uint8 * (chunk * key_bytes))(), (ct.c_uint8 * (chunk * value_bytes))()
     at, following = ct.c_uint64(), ct.c_uint64()
@@ -247,6 +250,11 @@ def count_entries(map_fd: int, key_bytes: int, value_bytes: int) -> int:
 def link_xdp(program_fd: int, ifindex: int, flags: int) -> int:
     """Attaches by a link, which lasts as long as its descriptor. Returns that, or −errno (−EBUSY: another is there)."""
     return call(_LINK_CREATE, _Link(program_fd, ifindex, _ATTACH_XDP, flags))
+
+
+def link_egress(program_fd: int, ifindex: int) -> int:
+    """The same for what leaves an interface (TCX), behind what is there. −EINVAL: a kernel before 6.6."""
+    return call(_LINK_CREATE, _Link(program_fd, ifindex, _TCX_EGRESS))
 
 
 def link_detach(fd: int) -> int:

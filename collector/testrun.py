@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes as ct
 import errno
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flowsage.collector import libbpf
+from flowsage.collector import libbpf, syscall
 from flowsage.collector.errors import InputError, KernelSupportError
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ VERDICTS = ("XDP_ABORTED", "XDP_DROP", "XDP_PASS", "XDP_TX", "XDP_REDIRECT")
 """enum xdp_action."""
 
 _OWN_LENGTH = 1 << 63  # FLOW_INPUT_LENGTH of bpf/flow.h
-_BPF, _TEST_RUN = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321), 10
+_BPF, _TEST_RUN = syscall.NUMBER, 10
 ATTRIBUTES = np.dtype(
     {
         "names": [
