@@ -126,6 +126,7 @@ def _write(folder: Path, detector: Detector, trained: dict[str, Any]) -> Manifes
     for part, name in PARTS.items():
         mine = {k.removeprefix(f"{part}/"): a for k, a in arrays.items() if k.startswith(f"{part}/")}
         if mine:
+            (folder / name).touch()  # as the umask says; what safetensors makes, only its owner may read
             save_file({k: np.asarray(a, order="C") for k, a in mine.items()}, folder / name)
             files[name] = _measure(folder / name)
     (folder / CARD).write_text(card(detector, schema_of(detector.config), trained), encoding="utf-8")

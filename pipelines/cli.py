@@ -19,6 +19,7 @@ from flowsage.pipelines.config import Settings, load
 F = TypeVar("F", bound=Callable[..., Any])
 EXISTING = click.Path(path_type=Path)
 TARGET = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 
 LAB_DEFAULTS: dict[str, dict[str, Any]] = {
     "sensor": {"idle_timeout": "4s", "active_timeout": "6s", "half_open_timeout": "1s", "linger": "0.5s",
@@ -192,6 +193,36 @@ def replay(source: Path, **options: Any) -> None:
 
     outputs = Outputs(**{k: options[k] for k in ("records", "ledger", "scores", "hosts", "findings")})
     replay_file(source, settings, outputs, no_timeouts=options["no_timeouts"])
+
+
+@main.command()
+@click.argument("flows", type=EXISTING, nargs=-1, required=True, metavar="FLOWS...")
+@click.option("--model", "into", type=FOLDER, required=True, help="where the model directory goes")
+@click.option("--steps", type=click.IntRange(0), default=200, show_default=True, help="steps of rehearsal")
+@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="batches a step, dealt out")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto: a GPU if there is one")
+@click.option("--checkpoint", type=click.IntRange(1), default=1 << 19, show_default=True, help="flows from one to next")
+@click.option("--restart", is_flag=True, help="forget a training that was interrupted")
+@model_options
+@config_options
+def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
+    """Learn from flow files (Parquet), and write a model directory that run, score and replay start from.
+
+    \b
+    flowsage train monday.parquet tuesday.parquet --model models/office
+    torchrun --nproc-per-node 2 -m flowsage.pipelines.cli train FLOWS... --model DIR
+    """
+    own = ("steps", "batches", "device", "checkpoint", "restart")
+    training = {"checkpoint_flows" if k == "checkpoint" else k: options.pop(k) for k in own}
+    settings = settings_from(options)
+    from flowsage.pipelines.train import TrainSettings
+    from flowsage.pipelines.train import train as train_model
+
+    try:
+        train_model(flows, into, settings, TrainSettings(**training))
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        sys.exit(130)
 
 
 @main.command()

@@ -1,0 +1,227 @@
+"""`flowsage train`: flows in, a model directory out.
+
+First the stream: flows go through the very code of the live scorer, once, in time order, so history, graph and alarms
+learn as they would have learnt by watching. Then rehearsal: the graph's prior trains on what it remembers, on one
+process or several (`models/training.py`, `world.py`).
+
+Now and then, at moments that the flows and the settings alone decide, what has been learnt is put beside the model's
+place. Who was interrupted starts the same command again: it goes on from there, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flowsage.collector.errors import ModelError, UsageError
+from flowsage.graph.addresses import Internal
+from flowsage.graph.flows import merge
+from flowsage.models import artifact
+from flowsage.models.detector import Detector
+from flowsage.models.meeting import MeetingPrior
+from flowsage.models.training import VIEW_STEPS, Rehearsal, RehearsalConfig
+from flowsage.pipelines.config import Settings
+from flowsage.pipelines.scorer import Scorer, detector_config
+from flowsage.pipelines.sources import FlowFile, Step
+from flowsage.pipelines.world import World
+
+CHECKPOINT_FLOWS = 1 << 19
+"""After so many flows a checkpoint is due, at the next moment when no window is open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Of the training itself: what does not show in how the model is used."""
+
+    steps: int = 200
+    batches: int = 4
+    device: str = "auto"
+    checkpoint_flows: int = CHECKPOINT_FLOWS
+    restart: bool = False
+
+
+@dataclass
+class Progress:
+    """How far a training has come; saved with a checkpoint."""
+
+    flows: int = 0
+    now_ns: int = 0
+    windows: int = 0
+    first_ns: int = 0
+    steps: int = 0
+    read: bool = False
+    """Whether all flows have been read."""
+
+
+def train(paths: tuple[Path, ...], model: Path, settings: Settings, training: TrainSettings) -> None:
+    """Train on flow files and write the model directory `model`; in a world of several, every process calls this.
+
+    Raises InputError and SchemaError of the files, ModelError where the model cannot be written or what is left of an
+    earlier training does not fit, UsageError where there is nothing to read.
+    """
+    with World() as world:
+        device = world.device(training.device)
+        lead = _Lead(paths, model, settings, training) if world.leads else None
+        if lead is not None:
+            lead.read()
+        config = detector_config(settings)
+        if config.graph and config.meeting.graph:
+            _rehearse(world, device, lead, settings, training)
+        if lead is not None:
+            lead.write()
+
+
+def _rehearse(world: World, device: Any, lead: _Lead | None, settings: Settings, training: TrainSettings) -> None:
+    """The steps that are left, at every process; the one that leads writes checkpoints."""
+    config = detector_config(settings)
+    if lead is not None:
+        assert lead.detector.prior is not None
+        prior = lead.detector.prior
+        state = prior.state() | {"done": _number(lead.progress.steps)}
+    else:
+        prior, state = MeetingPrior(config.meeting, Internal()), None
+    shared = world.share(state)
+    if lead is None:
+        prior.restore(shared)
+    rehearsal = Rehearsal(
+        prior,
+        RehearsalConfig(steps=training.steps, batches=training.batches, seed=settings.model.seed),
+        rank=world.rank, world=world.size, gather=world.gather, device=device, done=int(shared["done"]),
+    )  # fmt: skip
+    left = training.steps - rehearsal.done
+    where = f"{world.size} processes, {device.type}" if world.size > 1 else str(device.type)
+    with _bar(lead is not None, left, f"rehearsal ({where})") as tick:
+        while not rehearsal.finished:
+            rehearsal.step()
+            tick(1)
+            if lead is not None and rehearsal.done % VIEW_STEPS == 0 and not rehearsal.finished:
+                lead.progress.steps = rehearsal.done
+                lead.checkpoint()
+    if lead is not None:
+        lead.progress.steps = rehearsal.done
+        loss = f", loss {prior.loss:.3f} nats a meeting" if rehearsal.done else ""
+        click.echo(f"{rehearsal.done} steps of rehearsal{loss}", err=True)
+
+
+def _number(value: int) -> Any:
+    import numpy as np
+
+    return np.array(value)
+
+
+class _Lead:
+    """The process that reads the flows and writes the model."""
+
+    def __init__(self, paths: tuple[Path, ...], model: Path, settings: Settings, training: TrainSettings) -> None:
+        self.model, self.settings, self.training = model, settings, training
+        self.files = [FlowFile(path, undirected=settings.model.undirected) for path in paths]
+        self.rows = sum(file.rows for file in self.files)
+        if not self.rows:
+            raise UsageError("there are no flows to learn from; name files that hold some")
+        self.beside = model.with_name(f".{model.name}.training")
+        self.config = detector_config(settings)
+        self.detector, self.progress = self._begin()
+
+    def _made_of(self) -> dict[str, Any]:
+        """What must be the same for a training to go on."""
+        steps = {k: v for k, v in asdict(self.training).items() if k in ("steps", "batches", "checkpoint_flows")}
+        files = [[file.path.name, file.path.stat().st_size, file.rows] for file in self.files]
+        return {"files": files, "seed": self.settings.model.seed, "pane": self.settings.windows.pane} | steps
+
+    def _begin(self) -> tuple[Detector, Progress]:
+        """From the start, or from where an earlier training was interrupted."""
+        if self.training.restart or not self.beside.exists():
+            shutil.rmtree(self.beside, ignore_errors=True)
+            return Detector(self.config), Progress()
+        try:
+            detector, manifest = artifact.load(self.beside, self.config)
+            if manifest.trained["made_of"] != self._made_of():
+                raise ModelError(f"{self.beside} is of other flows or settings")
+        except ModelError as e:
+            raise ModelError(f"an interrupted training cannot go on: {e}; --restart begins anew") from e
+        progress = Progress(**manifest.trained["progress"])
+        click.echo(f"going on after {progress.flows:,} flows and {progress.steps} steps of rehearsal", err=True)
+        return detector, progress
+
+    def checkpoint(self) -> None:
+        """Put down what has been learnt, so that whoever is interrupted goes on from here."""
+        trained = {"until_ns": self.progress.now_ns, "made_of": self._made_of(), "progress": asdict(self.progress)}
+        artifact.save(self.beside, self.detector, trained=trained)
+
+    def read(self) -> None:
+        """The stream: every flow that was not read before the interrupt."""
+        progress = self.progress
+        if progress.read:
+            return
+        scorer = Scorer(self.settings, on_findings=lambda _: None, detector=self.detector)
+        windows, saved = progress.windows, progress.flows
+        with _bar(True, self.rows, "reading flows", done=progress.flows) as tick:
+            for step in self._steps():
+                if step.now_ns <= progress.now_ns:
+                    continue
+                if not progress.first_ns:
+                    progress.first_ns = int(step.flows.start_ns.min())
+                scorer.take(step.flows, step.watermark_ns)
+                scorer.step(step.now_ns)
+                progress.flows += len(step.flows)
+                progress.now_ns, progress.windows = step.now_ns, windows + scorer.counters.windows
+                tick(len(step.flows))
+                if progress.flows - saved >= self.training.checkpoint_flows and not scorer.buffer.open_flows():
+                    self.checkpoint()
+                    saved = progress.flows
+        scorer.finish()
+        progress.windows, progress.read = windows + scorer.counters.windows, True
+        window = self.settings.windows.window
+        progress.now_ns = -(-progress.now_ns // window) * window
+        self.checkpoint()
+        click.echo(f"{progress.flows:,} flows in {progress.windows:,} windows; {scorer.standing()}", err=True)
+
+    def _steps(self) -> Iterator[Step]:
+        """The panes of all files together, in time order."""
+        pane = self.settings.windows.pane
+        merged = heapq.merge(*(file.steps(pane) for file in self.files), key=lambda step: step.now_ns)
+        for now_ns, parts in itertools.groupby(merged, key=lambda step: step.now_ns):
+            flows = [part.flows for part in parts]
+            yield Step(merge(flows) if len(flows) > 1 else flows[0], now_ns, now_ns)
+
+    def write(self) -> None:
+        """The model, in its place; the checkpoint goes."""
+        progress = self.progress
+        trained = {
+            "first_ns": progress.first_ns, "until_ns": progress.now_ns, "flows": progress.flows,
+            "windows": progress.windows, "rehearsal_steps": progress.steps,
+            "files": [file.path.name for file in self.files],
+        }  # fmt: skip
+        artifact.save(self.model, self.detector, trained=trained)
+        shutil.rmtree(self.beside, ignore_errors=True)
+        click.echo(f"wrote {self.model}; try `flowsage run --model {self.model} …`", err=True)
+
+
+def _bar(shown: bool, length: int, label: str, done: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+    """A progress bar on stderr, as a function that moves it on."""
+    if not shown:
+        return nullcontext(lambda _: None)
+    return _Bar(click.progressbar(length=length, label=label, file=sys.stderr, show_pos=True), done)
+
+
+class _Bar(AbstractContextManager[Callable[[int], None]]):
+    def __init__(self, bar: Any, done: int) -> None:
+        self._bar, self._done = bar, done
+
+    def __enter__(self) -> Callable[[int], None]:
+        bar = self._bar.__enter__()
+        bar.update(self._done)
+        update: Callable[[int], None] = bar.update
+        return update
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)

@@ -1,0 +1,146 @@
+"""`flowsage train`: from flows to a model directory, whatever happens in between, on one process or two."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from flowsage.collector.errors import FlowsageError, ModelError
+from flowsage.models import artifact
+from flowsage.pipelines import train as training
+from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.train import TrainSettings, train
+from flowsage.pipelines.world import World
+from tests.pipelines.test_replay import scan_flows
+
+FLAGS = {"model": {"ready_windows": 3, "ready_meetings": 5, "ready_steps": 1}}
+SMALL = TrainSettings(steps=40, batches=3, checkpoint_flows=300, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def settings() -> Settings:
+    return load(None, FLAGS)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An office for 50 minutes, in two files that meet in the middle of a window."""
+    folder = tmp_path_factory.mktemp("flows")
+    table = pq.read_table(scan_flows(folder / "all.parquet", minutes=50))
+    paths = folder / "one.parquet", folder / "two.parquet"
+    pq.write_table(table.slice(0, 600), paths[0])
+    pq.write_table(table.slice(600), paths[1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def model(files: tuple[Path, Path], settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("models") / "model"
+    train(files, path, settings, SMALL)
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_a_model_says_what_it_was_made_of(model: Path, files: tuple[Path, Path]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    rows = sum(pq.read_metadata(f).num_rows for f in files)
+    assert config["trained"]["flows"] == rows
+    assert config["trained"]["files"] == ["one.parquet", "two.parquet"]
+    assert config["trained"]["rehearsal_steps"] == SMALL.steps
+    assert config["trained"]["windows"] == 50
+    last = pq.read_table(files[1]).column("start_ns").to_numpy().max()
+    assert 0 <= config["trained"]["until_ns"] - last <= 60 * 10**9
+    assert [p.name for p in model.parent.iterdir()] == ["model"], "the checkpoint is gone"
+
+
+def test_the_order_in_which_files_are_named_changes_nothing_that_was_learnt(
+    model: Path, files: tuple[Path, Path], settings: Settings, tmp_path: Path
+) -> None:
+    train(files[::-1], tmp_path / "other", settings, SMALL)
+    same = ("model.safetensors", "history.safetensors", "calibration.safetensors")
+    assert {k: v for k, v in contents(tmp_path / "other").items() if k in same} == {
+        k: v for k, v in contents(model).items() if k in same
+    }
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_a_training_that_was_interrupted_ends_with_the_same_bytes(
+    after: int,
+    model: Path,
+    files: tuple[Path, Path],
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Interrupted while it reads (after checkpoints 1 and 2) and while it rehearses (after the fifth)."""
+    real, count = artifact.save, 0
+
+    def interrupted(path: Path, *args: Any, **more: Any) -> Any:
+        nonlocal count
+        manifest = real(path, *args, **more)
+        count += 1
+        if count == after:
+            raise KeyboardInterrupt
+        return manifest
+
+    target = tmp_path / "model"
+    monkeypatch.setattr(artifact, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(files, target, settings, SMALL)
+    assert not target.exists()
+    train(files, target, settings, SMALL)
+    assert contents(target) == contents(model)
+    assert count > after
+
+
+def test_what_is_left_of_another_training_is_refused_until_told_to_begin_anew(
+    files: tuple[Path, Path], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    monkeypatch.setattr(training._Lead, "write", lambda _: None)
+    train(files, target, settings, TrainSettings(steps=0))
+    with pytest.raises(ModelError, match=r"is of other flows or settings; --restart begins anew"):
+        train(files[:1], target, settings, TrainSettings(steps=0))
+    monkeypatch.undo()
+    train(files[:1], target, settings, TrainSettings(steps=0, restart=True))
+    assert artifact.read_manifest(target).trained["files"] == ["one.parquet"]
+
+
+def test_two_processes_train_the_model_that_one_trains(model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    options = ["--steps", SMALL.steps, "--batches", SMALL.batches, "--checkpoint", SMALL.checkpoint_flows]
+    environment = {f"FLOWSAGE_MODEL__{k.upper()}": str(v) for k, v in FLAGS["model"].items()}
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "flowsage.pipelines.cli", "train", *map(str, files), "--model", str(tmp_path / "two"),
+            "--device", "cpu", *map(str, options),
+        ],
+        env=os.environ | environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stderr
+    assert contents(tmp_path / "two") == contents(model)
+
+
+def test_a_device_that_is_not_there_is_refused_in_a_sentence() -> None:
+    with pytest.raises(FlowsageError, match="the device 'cuda:99' cannot be used"):
+        World().device("cuda:99")
+    assert World().device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
