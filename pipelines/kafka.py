@@ -147,13 +147,15 @@ class KafkaLog(Log):
         headers: Headers = (),
         *,
         partition_key: bytes | None = None,
+        timeout_s: float | None = None,
     ) -> tuple[int, int]:
         """Append one record, acknowledged by all replicas in sync; returns its (partition, offset).
 
-        Waits `timeout_s` at most. After LogUnavailableError the record may be in the log all the same: whoever sends it
-        again sends it twice, and a reader has to be able to tell.
+        Waits `timeout_s` at most (None: the log's own; so does a call that has to connect first). After
+        LogUnavailableError the record may be in the log all the same: whoever sends it again sends it twice, and a
+        reader has to be able to tell.
         """
-        deadline = time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         with self._lock:
             try:
                 with translating(f"cannot append to {topic}"):

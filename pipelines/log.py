@@ -118,12 +118,14 @@ class Log(Protocol):
         headers: Headers = (),
         *,
         partition_key: bytes | None = None,
+        timeout_s: float | None = None,
     ) -> tuple[int, int]:
         """Append one record; returns its (partition, offset) once the log will not lose it.
 
         Records of one `partition_key` (default: `key`) share a partition, in order. When it raises, the record was not
         appended, with one exception: LogUnavailableError, after which it may have been. LogFullError,
-        RecordTooLargeError (it never will be taken) and LogUnavailableError (in bounded time) are LogErrors.
+        RecordTooLargeError (it never will be taken) and LogUnavailableError (after `timeout_s` at most; None: as long
+        as the log waits by itself) are LogErrors.
         """
 
     def consumer(

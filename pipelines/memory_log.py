@@ -94,11 +94,13 @@ class MemoryLog(Log):
         headers: Headers = (),
         *,
         partition_key: bytes | None = None,
+        timeout_s: float | None = None,
     ) -> tuple[int, int]:
         """Append one record; returns its (partition, offset).
 
-        Raises LogFullError, and appends nothing, where the topic is at its bound.
+        Raises LogFullError, and appends nothing, where the topic is at its bound. There is nothing to wait for.
         """
+        del timeout_s
         with self._changed:
             partitions = self._topic(topic)
             size = _size(key, value)

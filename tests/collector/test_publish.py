@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from flowsage.collector.errors import ConfigurationError
-from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, deserialise
+from flowsage.collector.errors import ConfigurationError, LogUnavailableError, RecordTooLargeError
+from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, deserialise, serialise
 from flowsage.collector.records import FLOW_SCHEMA, RECORD_DTYPE, to_batch
 from flowsage.collector.spool import Spool
 from flowsage.pipelines.memory_log import MemoryLog
@@ -21,6 +25,13 @@ def batch(n: int, first: int = 0) -> pa.RecordBatch:
     records = np.zeros(n, RECORD_DTYPE)
     records["ip_version"], records["start_ns"] = 4, np.arange(first, first + n)
     records["initiator"][:, 10:12] = records["responder"][:, 10:12] = 255
+    return to_batch(records, clock_offset_ns=0, sensor="edge")
+
+
+def noise(n: int, first: int = 0) -> pa.RecordBatch:
+    """Records that do not compress well."""
+    records = np.frombuffer(np.random.default_rng(first).bytes(n * RECORD_DTYPE.itemsize), RECORD_DTYPE).copy()
+    records["ip_version"], records["start_ns"] = 6, np.arange(first, first + n)
     return to_batch(records, clock_offset_ns=0, sensor="edge")
 
 
@@ -41,10 +52,10 @@ class Log(MemoryLog):
 
     up = True
 
-    def append(self, topic, key, value, headers=()):
+    def append(self, *args, **kwargs):
         if not self.up:
             raise ConnectionError("broker unreachable")
-        return super().append(topic, key, value, headers)
+        return super().append(*args, **kwargs)
 
 
 class Clock:
@@ -52,6 +63,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def spooled(folder: Path) -> list[Path]:
+    """What is in the spool, oldest first."""
+    return sorted(p for p in folder.iterdir() if p.name != "last-batch")
 
 
 def delivered(log: MemoryLog) -> list[int]:
@@ -143,7 +159,7 @@ def test_the_spool_keeps_its_bound_by_giving_up_the_oldest_which_are_counted(tmp
     agent = Agent(publisher)
     for i in range(40):
         agent.put(batch(100, 100 * i))
-    assert sum(f.stat().st_size for f in tmp_path.iterdir()) == spool.bytes <= 5 * size
+    assert sum(f.stat().st_size for f in spooled(tmp_path)) == spool.bytes <= 5 * size
     lost = publisher.counts.lost["spool full"]
     assert lost > 0
     assert publisher.counts.balance == 0
@@ -170,7 +186,7 @@ def test_a_damaged_file_in_the_spool_is_given_up_and_the_rest_follows(tmp_path):
     agent = Agent(publisher)
     for i in range(3):
         agent.put(batch(10, 10 * i))
-    middle = sorted(tmp_path.iterdir())[1]
+    middle = spooled(tmp_path)[1]
     middle.write_bytes(middle.read_bytes()[:200])
     log.up, clock.now = True, 10
     publisher.drain()
@@ -192,7 +208,7 @@ def test_a_disk_that_takes_nothing_is_a_named_loss(tmp_path, monkeypatch):
     agent.put(batch(3))
     assert publisher.counts.lost == {"spool failed": 3}
     assert publisher.counts.balance == 0
-    assert list(tmp_path.iterdir()) == []
+    assert spooled(tmp_path) == []
 
 
 KILLED = """
@@ -237,7 +253,149 @@ def test_a_sensor_killed_while_it_spools_loses_no_batch_that_was_in_the_spool(tm
     ids = [dict(r.headers)["ce_id"] for r in log.consumer("again", FLOWS_TOPIC).poll(10_000)]
     assert ids[: len(seen)] == [b"first/%d" % i for i in seen]
     assert ids[-1] == b"second/0"
-    assert list(tmp_path.iterdir()) == []
+    assert spooled(tmp_path) == []
+
+
+def test_the_sink_knows_the_last_batch_of_a_boot_that_it_took_in_any_process(tmp_path):
+    log = Log()
+    publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path))
+    agent = Agent(publisher, "first")
+    assert publisher.last_sequence("first") is None
+    for _ in range(3):
+        agent.put(batch(1))
+    log.up = False
+    agent.put(batch(1))
+    publisher.close()
+    successor = Publisher(log, sensor="edge", spool=Spool(tmp_path))
+    assert successor.last_sequence("first") == 3
+    assert successor.last_sequence("another boot") is None
+    (tmp_path / "last-batch").write_bytes(b"\xff\xfe")
+    assert successor.last_sequence("first") is None
+    assert Publisher(log, sensor="edge").last_sequence("first") is None
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+class SlowLog(MemoryLog):
+    """Takes records, or hangs until told to go on, or for as long as the caller waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes = threading.Event()
+        self.goes.set()
+        self.asked: list[float | None] = []
+
+    def append(self, *args, timeout_s=None, **kwargs):
+        self.asked.append(timeout_s)
+        if not self.goes.wait(timeout_s):
+            raise LogUnavailableError("no answer in time")
+        return super().append(*args, **kwargs)
+
+
+def test_a_log_that_hangs_holds_the_sensor_up_once_and_everything_follows_in_order(tmp_path):
+    log = SlowLog()
+    publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path), retry_s=0.05, patience_s=0.05).start()
+    agent = Agent(publisher)
+    agent.put(batch(2, 0))
+    until(lambda: publisher.counts.pending == 0)
+    agent.put(batch(2, 2))
+    assert log.asked == [None, 0.05], "the first is sent by the patient thread, and then directly"
+    log.goes.clear()
+    agent.put(batch(2, 4))
+    for i in range(200):
+        agent.put(batch(2, 6 + 2 * i))
+    assert log.asked.count(0.05) == 2, "only the first of them waited"
+    assert publisher.counts.pending == 402
+    assert publisher.counts.balance == 0
+    assert not publisher.ready()
+    log.goes.set()
+    until(publisher.ready)
+    agent.put(batch(2, 406))
+    assert log.asked[-1] == 0.05
+    publisher.close()
+    assert delivered(log) == list(range(408))
+    assert publisher.counts.acknowledged == 408
+    assert publisher.counts.balance == 0
+
+
+def test_a_batch_that_is_being_sent_is_not_the_one_that_makes_room(tmp_path):
+    log = SlowLog()
+    log.goes.clear()
+    size = len(serialise(batch(100), Origin(sensor="edge", boot="b00t", sequence=0, watermark_ns=0)))
+    spool = Spool(tmp_path, max_bytes=3 * size + 100)
+    publisher = Publisher(log, sensor="edge", spool=spool, retry_s=0.05).start()
+    agent = Agent(publisher)
+    agent.put(batch(100, 0))
+    until(lambda: bool(log.asked))
+    for i in range(1, 10):
+        agent.put(batch(100, 100 * i))
+    assert publisher.counts.lost == {"spool full": 700}
+    log.goes.set()
+    until(publisher.ready)
+    publisher.close()
+    assert delivered(log) == [*range(100), *range(800, 1000)]
+    assert publisher.counts.balance == 0
+
+
+def test_a_batch_that_the_log_will_never_take_is_a_named_loss_and_holds_nothing_up(tmp_path):
+    class Narrow(Log):
+        def append(self, topic, key, value, *args, **kwargs):
+            if len(value) > 20_000:
+                raise RecordTooLargeError("a record of this size is refused")
+            return super().append(topic, key, value, *args, **kwargs)
+
+    log, clock = Narrow(), Clock()
+    publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path), monotonic=clock)
+    agent = Agent(publisher)
+    agent.put(batch(10, 0))
+    agent.put(noise(1000))
+    log.up = False
+    agent.put(batch(10, 10))
+    agent.put(noise(1000))
+    agent.put(batch(10, 20))
+    log.up, clock.now = True, 10
+    publisher.drain()
+    assert delivered(log) == list(range(30))
+    assert publisher.counts.lost == {"too large for the log": 2000}
+    assert publisher.counts.balance == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "flowsage-test", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_on_a_full_disk_the_oldest_batches_make_room_and_every_record_is_accounted_for(small_disk):
+    log, clock = Log(), Clock()
+    log.up = False
+    publisher = Publisher(log, sensor="edge", spool=Spool(small_disk), monotonic=clock)
+    agent = Agent(publisher)
+    for i in range(60):
+        agent.put(noise(1000, 1000 * i))
+    counts = publisher.counts
+    assert 0 < counts.lost["spool full"] < 60_000
+    assert counts.pending > 0
+    assert counts.balance == 0
+    (small_disk / "somebody else's").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
+    agent.put(noise(1000, 60_000))
+    assert publisher.counts.balance == 0
+    assert not list(small_disk.glob(".*.tmp"))
+    log.up, clock.now = True, 10
+    publisher.drain()
+    lost = publisher.counts.lost["spool full"]
+    assert delivered(log) == list(range(lost, 61_000))
+    assert publisher.counts.balance == 0
+    publisher.close()
 
 
 def test_two_processes_never_share_a_spool_and_a_bad_directory_is_named(tmp_path):
