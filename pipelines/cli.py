@@ -77,8 +77,19 @@ def model_options(command: F) -> F:
         click.option("--pane", help="pane, such as 10s"),
         click.option("--budget", type=float, help="false findings a day per 100 hosts that you accept"),
         click.option("--undirected", is_flag=True, default=None, help="the flows' direction is not known"),
+        click.option("--model", "directory", type=FOLDER, help="model directory to start from, and to watch"),
         click.option("--no-graph", is_flag=True, default=None, help="without the GraphSAGE prior"),
         click.option("--seed", type=int, help="seed of the model"),
+    ):
+        command = option(command)
+    return command
+
+
+def kafka_options(command: F) -> F:
+    """Where Kafka is; everything else about it is configuration."""
+    for option in (
+        click.option("--bootstrap", metavar="HOST:PORT", help="Kafka brokers, comma-separated"),
+        click.option("--prefix", help="what the topics' names begin with"),
     ):
         command = option(command)
     return command
@@ -87,6 +98,8 @@ def model_options(command: F) -> F:
 def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] | None = None) -> Settings:
     """The configuration in force, from the options a command was given; --check-config and --show-config end here."""
     level = {0: logging.WARNING, 1: logging.INFO}.get(options.pop("verbose"), logging.DEBUG)
+    # Its own words about every lost connection would drown ours.
+    logging.getLogger("kafka").setLevel({logging.WARNING: logging.CRITICAL, logging.INFO: logging.ERROR}.get(level, logging.INFO))
     logging.basicConfig(level=level, format="flowsage: %(levelname)s: %(message)s", stream=sys.stderr)
     path, check, show = options.pop("config"), options.pop("check_config"), options.pop("show_config")
     prior = "none" if options.get("no_graph") else None
@@ -94,8 +107,10 @@ def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] |
         "sensor": {k: options.get(k) for k in ("mode", "mirror", "replace")}
         | {"interfaces": options.get("interfaces") or None},
         "windows": {k: options.get(k) for k in ("window", "pane")},
-        "model": {k: options.get(k) for k in ("undirected", "seed")} | {"prior": prior},
+        "model": {k: options.get(k) for k in ("undirected", "seed")}
+        | {"prior": prior, "directory": str(options["directory"]) if options.get("directory") else None},
         "alarms": {"budget": options.get("budget")},
+        "kafka": {"bootstrap_servers": options.get("bootstrap"), "prefix": options.get("prefix")},
         "metrics": {"port": options.get("metrics_port"), "enabled": False if options.get("no_metrics") else None},
     }
     settings = load(
@@ -197,7 +212,7 @@ def replay(source: Path, **options: Any) -> None:
 
 @main.command()
 @click.argument("flows", type=EXISTING, nargs=-1, required=True, metavar="FLOWS...")
-@click.option("--model", "into", type=FOLDER, required=True, help="where the model directory goes")
+@click.option("-o", "--output", "into", type=FOLDER, required=True, help="where the model directory goes")
 @click.option("--steps", type=click.IntRange(0), default=200, show_default=True, help="steps of rehearsal")
 @click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="batches a step, dealt out")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto: a GPU if there is one")
@@ -209,8 +224,8 @@ def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
     """Learn from flow files (Parquet), and write a model directory that run, score and replay start from.
 
     \b
-    flowsage train monday.parquet tuesday.parquet --model models/office
-    torchrun --nproc-per-node 2 -m flowsage.pipelines.cli train FLOWS... --model DIR
+    flowsage train monday.parquet tuesday.parquet --output models/office
+    torchrun --nproc-per-node 2 -m flowsage.pipelines.cli train FLOWS... --output DIR
     """
     own = ("steps", "batches", "device", "checkpoint", "restart")
     training = {"checkpoint_flows" if k == "checkpoint" else k: options.pop(k) for k in own}
@@ -263,6 +278,28 @@ def lab(**options: Any) -> None:
         flows=options["flows"],
         truth=options["truth"],
     )
+
+
+@main.command()
+@config_options
+@kafka_options
+@click.option("--create", is_flag=True, help="make the topics that are not there")
+@click.option("--dry-run", is_flag=True, help="with --create: only say what would be done")
+@click.option("--partitions", type=click.IntRange(1), default=8, show_default=True, help="sites scored apart, at most")
+@click.option("--replication", type=click.IntRange(1), help="replicas; default: 3, or as many brokers as there are")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="seconds to wait for the brokers")
+def topics(**options: Any) -> None:
+    """Look after the topics in Kafka: make them, and say what is not as it should be."""
+    settings = settings_from(options).kafka
+    if not settings.bootstrap_servers:
+        raise UsageError("name a broker: --bootstrap HOST:PORT, or kafka.bootstrap_servers in the configuration")
+    from flowsage.pipelines.topics import look_after
+    from flowsage.pipelines.topics import topics as wanted
+
+    plan = wanted(settings.prefix, partitions=options["partitions"], replication=options["replication"] or 0)
+    create = options["create"] and not options["dry_run"]
+    for report in look_after(settings, plan, create=create, timeout_s=options["timeout"]):
+        click.echo(str(report))
 
 
 @main.command()

@@ -122,6 +122,7 @@ class ModelSettings(_Section):
     """What is learnt."""
 
     seed: int = Field(0, ge=0)
+    directory: str = Field("", description="model directory (`flowsage train`) to start from; a new one is taken in")
     prior: Prior = Field(
         "sage2-sketches",
         description="prior of first meetings: none, popularity, mlp (roles alone), sage1, sage2 (GraphSAGE of so many "

@@ -68,6 +68,7 @@ def train(paths: tuple[Path, ...], model: Path, settings: Settings, training: Tr
     Raises InputError and SchemaError of the files, ModelError where the model cannot be written or what is left of an
     earlier training does not fit, UsageError where there is nothing to read.
     """
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"directory": ""})})
     with World() as world:
         device = world.device(training.device)
         lead = _Lead(paths, model, settings, training) if world.leads else None

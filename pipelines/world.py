@@ -1,6 +1,6 @@
 """The processes of one training: alone, or started by `torchrun` on one machine or several (gloo).
 
-    torchrun --nproc-per-node 2 -m flowsage.pipelines.cli train FLOWS… --model DIR
+    torchrun --nproc-per-node 2 -m flowsage.pipelines.cli train FLOWS… --output DIR
 
 Rank 0 reads the flows and writes the model; the others need neither file. Gradients and states go from memory to
 memory, as tensors: nothing is pickled.

@@ -129,7 +129,7 @@ def test_two_processes_train_the_model_that_one_trains(model: Path, files: tuple
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "flowsage.pipelines.cli", "train", *map(str, files), "--model", str(tmp_path / "two"),
+            "-m", "flowsage.pipelines.cli", "train", *map(str, files), "--output", str(tmp_path / "two"),
             "--device", "cpu", *map(str, options),
         ],
         env=os.environ | environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
