@@ -99,7 +99,8 @@ def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] |
     """The configuration in force, from the options a command was given; --check-config and --show-config end here."""
     level = {0: logging.WARNING, 1: logging.INFO}.get(options.pop("verbose"), logging.DEBUG)
     # Its own words about every lost connection would drown ours.
-    logging.getLogger("kafka").setLevel({logging.WARNING: logging.CRITICAL, logging.INFO: logging.ERROR}.get(level, logging.INFO))
+    quiet = {logging.WARNING: logging.CRITICAL, logging.INFO: logging.ERROR}.get(level, logging.INFO)
+    logging.getLogger("kafka").setLevel(quiet)
     logging.basicConfig(level=level, format="flowsage: %(levelname)s: %(message)s", stream=sys.stderr)
     path, check, show = options.pop("config"), options.pop("check_config"), options.pop("show_config")
     prior = "none" if options.get("no_graph") else None

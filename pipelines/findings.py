@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.resources
 import ipaddress
 import json
 from typing import Any
@@ -67,6 +68,14 @@ TECHNIQUES = {
 def version() -> str:
     """FlowSAGE's version, as installed."""
     return importlib.metadata.version("flowsage")
+
+
+@functools.cache
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a finding, version 1: `finding.schema.json` in this package."""
+    text = importlib.resources.files("flowsage.pipelines").joinpath("finding.schema.json").read_text()
+    schema: dict[str, Any] = json.loads(text)
+    return schema
 
 
 def endpoint(host: str, port: int | None = None) -> dict[str, Any]:

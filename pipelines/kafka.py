@@ -49,8 +49,8 @@ from flowsage.pipelines.log import (
 
 logger = logging.getLogger(__name__)
 
-MAX_RECORD_BYTES = 16 << 20
-"""The largest record that we send; the topics are made to take it."""
+MAX_RECORD_BYTES = 64 << 20
+"""The largest record that we send; what each topic takes is its own affair."""
 FOREVER_MS = 7 * 86_400_000
 TRANSACTION_MS = 60_000
 

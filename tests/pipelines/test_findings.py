@@ -1,12 +1,16 @@
 """Findings as OCSF Detection Findings."""
 
+import copy
 import json
+from typing import Any
 
+import pytest
+from jsonschema import Draft202012Validator, ValidationError
 from py_ocsf_models.events.findings.detection_finding import DetectionFinding
 
 from flowsage.models.analytics import TABLE
 from flowsage.models.explain import Evidence, Finding
-from flowsage.pipelines.findings import TECHNIQUES, TITLES, to_json, to_ocsf
+from flowsage.pipelines.findings import TECHNIQUES, TITLES, json_schema, to_json, to_ocsf
 from flowsage.pipelines.readable import finding_lines
 
 SECOND = 10**9
@@ -43,6 +47,45 @@ def test_every_activity_is_a_valid_detection_finding() -> None:
         assert event["metadata"]["version"] == "1.8.0"
         assert event["finding_info"]["uid"] == "abc"
     assert to_ocsf(finding("close"))["end_time"] == (START + 60 * SECOND) // 10**6
+
+
+def closed(schema: Any) -> Any:
+    """The schema without room for what it does not name."""
+    if isinstance(schema, list):
+        return [closed(s) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {k: closed(v) for k, v in schema.items()}
+    return out | ({"additionalProperties": False} if "properties" in schema else {})
+
+
+def test_every_finding_is_valid_against_the_schema_in_the_package_which_names_all_there_is() -> None:
+    Draft202012Validator.check_schema(json_schema())
+    validator = Draft202012Validator(closed(json_schema()))
+    bare = evidence(dst=None, service=None, proto=None, dst_port=None)
+    one = evidence(src="128.232.110.120", dst="66.35.250.204", src_port=34855, dst_port=80)
+    named = evidence(src="printer", proto=-1)
+    for analytic in TITLES:
+        for activity in ("create", "update", "close"):
+            for technique in (None, *TECHNIQUES, "T9999"):
+                told = finding(
+                    activity, analytic=analytic, technique=technique, peer="10.0.0.9", host="printer",
+                    evidence=(evidence(), bare, one, named), analytics=("sweep", analytic), unit="peers",
+                )  # fmt: skip
+                validator.validate(json.loads(to_json(told)))
+
+
+def test_what_a_later_version_adds_is_valid_for_a_reader_of_version_1_and_what_it_lacks_is_not() -> None:
+    validator = Draft202012Validator(json_schema())
+    later = json.loads(to_json(finding()))
+    later["confidence"] = 90
+    later["evidences"][0]["data"]["bytes"] = 12
+    validator.validate(later)
+    for name in json_schema()["required"]:
+        lacking = copy.deepcopy(later)
+        del lacking[name]
+        with pytest.raises(ValidationError):
+            validator.validate(lacking)
 
 
 def test_evidence_names_end_points_and_what_was_expected() -> None:
