@@ -1,7 +1,8 @@
 """The sensor's loop: attach, drain the ring, sweep the table, hand on; then detach and leave nothing behind.
 
-Order of a start: look at the interfaces → load → attach → drain. Order of a stop: detach → flush the table (end reason:
-forced end) → drain to the end → close the sink. Whatever happens in between, the interfaces are let go.
+Order of a start: look at the interfaces → load, or adopt (collector/lifetime.py) → finish what was interrupted
+(collector/handover.py) → attach → drain. Order of a stop: detach → flush the table (end reason: forced end) → drain to
+the end → close the sink.
 """
 
 from __future__ import annotations
@@ -11,27 +12,31 @@ import os
 import select
 import threading
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
+from pathlib import Path
+from typing import Literal
 
 from flowsage.collector.clock import SECOND, UnixClock
 from flowsage.collector.errors import ConfigurationError, FlowsageError
-from flowsage.collector.interface import driver_of, in_namespace, index_of, is_running, require_ethernet, vlan_offload
+from flowsage.collector.handover import Handover
+from flowsage.collector.interface import in_namespace
 from flowsage.collector.ledger import Ledger, Snapshot
-from flowsage.collector.program import FlowProgram, FlowSettings
-from flowsage.collector.publish import Origin, PublishCounts, Sink
-from flowsage.collector.records import RECORD_DTYPE, to_batch
+from flowsage.collector.lifetime import Lifetime
+from flowsage.collector.program import FlowProgram, FlowSettings, Loader
+from flowsage.collector.publish import PublishCounts, Sink
+from flowsage.collector.watch import Watch
 from flowsage.collector.xdp import EBPFAttachMode
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 0.002
-EMPTY = np.zeros(0, RECORD_DTYPE)
+SWEEP_ATTEMPTS = 8
+
+
+def _is_an_end(error: BaseException) -> bool:
+    """Whoever read our records has gone: an end like any other, and nobody will come back for the rest."""
+    return isinstance(error, FlowsageError) and error.exit_code == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +46,16 @@ class AgentSettings:
     name              of the sensor
     interfaces        to watch; they share one flow table
     netns             network namespace that they are in (a name of `ip netns`, or a path); None: that of the caller
-    mode              "drv" (native), "skb" (generic), or "auto": native where the driver can, else generic
+    mode              "drv" (native), "skb" (generic), "hw" (on the card), or "auto": native where the driver can, else
+                      generic
     mirror            the interfaces carry copies of traffic: drop packets once they are counted
     replace           put our program in the place of one that somebody else attached
+    egress            what leaves the interfaces is counted too (Linux 6.6)
+    loader            "libbpf": the object that is shipped; "bcc": compiled here; "auto": what is shipped, if there is
+    pins              where on bpffs programs and maps outlive the process, in a directory for each sensor; None: not
     table_entries     flows in the kernel's table; 256 bytes each, preallocated
     ring_bytes        the ring between kernel and agent, a power of two; 256 bytes a record
+    batch_records     records that are handed on at once, at most
     idle_timeout, active_timeout, half_open_timeout, linger    see bpf/flow.h
     sweep_interval    how often the table is searched for flows that ended or timed out
     poll_interval     how often the ring is drained
@@ -55,11 +65,15 @@ class AgentSettings:
     name: str
     interfaces: tuple[str, ...]
     netns: str | None = None
-    mode: Literal["auto", "drv", "skb"] = "auto"
+    mode: Literal["auto", "drv", "skb", "hw"] = "auto"
     mirror: bool = False
     replace: bool = False
+    egress: bool = False
+    loader: Loader = "auto"
+    pins: Path | None = None
     table_entries: int = 262_144
-    ring_bytes: int = 64 << 20
+    ring_bytes: int = 32 << 20
+    batch_records: int = 8192
     idle_timeout: int = 15 * SECOND
     active_timeout: int = 60 * SECOND
     half_open_timeout: int = 5 * SECOND
@@ -68,15 +82,18 @@ class AgentSettings:
     poll_interval: int = SECOND // 10
     heartbeat_interval: int = 1 * SECOND
 
-
-@dataclass
-class _Watched:
-    """An interface: its index where we are attached (None: we are not), and whether it has its carrier."""
-
-    name: str
-    index: int | None = None
-    running: bool = True
-    complaint: str = ""
+    def flow_settings(self) -> FlowSettings:
+        """What of it the program is loaded with."""
+        return FlowSettings(
+            table_entries=self.table_entries,
+            ring_bytes=self.ring_bytes,
+            idle_ns=self.idle_timeout,
+            active_ns=self.active_timeout,
+            half_open_ns=self.half_open_timeout,
+            linger_ns=self.linger,
+            wake_bytes=self.ring_bytes // 2,
+            mirror=self.mirror,
+        )
 
 
 class Agent:
@@ -85,6 +102,9 @@ class Agent:
     `run` works in the caller's thread until `stop`; `start` does the same in a thread of its own, and `join` waits for
     it; or call `open`, `step` (as often as you like) and `close` by hand. `stop` may be called from anywhere, a signal
     handler included. An interface that goes away is forgotten, and attached again when it is back.
+
+    Pinned (`settings.pins`), a sensor that is killed, or whose sink fails, goes on counting in the kernel, and the next
+    `open` goes on where it was; `close` leaves nothing.
     """
 
     def __init__(self, settings: AgentSettings, sink: Sink, *, clock: UnixClock | None = None) -> None:
@@ -93,22 +113,24 @@ class Agent:
         self.settings = settings
         self.sink = sink
         self.clock = clock or UnixClock()
-        self.program = FlowProgram(
-            FlowSettings(
-                table_entries=settings.table_entries,
-                ring_bytes=settings.ring_bytes,
-                idle_ns=settings.idle_timeout,
-                active_ns=settings.active_timeout,
-                half_open_ns=settings.half_open_timeout,
-                linger_ns=settings.linger,
-                wake_bytes=settings.ring_bytes // 2,
-                mirror=settings.mirror,
-            )
-        )
-        self.ledger = Ledger(self.program)
+        self.lifetime = Lifetime(settings.name, settings.flow_settings(), settings.pins, loader=settings.loader)
+        self.ledger = Ledger(self.lifetime.program)
         self.incomplete_sweeps = 0
-        self.interfaces_lost = 0
-        self._watched = [_Watched(name) for name in dict.fromkeys(settings.interfaces)]
+        self._watch = Watch(
+            self.lifetime,
+            settings.interfaces,
+            EBPFAttachMode(settings.mode),
+            replace=settings.replace,
+            egress=settings.egress,
+        )
+        self._handover = Handover(
+            settings.name,
+            sink,
+            self.ledger,
+            self.clock,
+            batch_records=settings.batch_records,
+            lasting=settings.pins is not None,
+        )
         self._lock = threading.RLock()
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
@@ -116,49 +138,55 @@ class Agent:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._open = False
-        self._sink_failed = False
         self._next_sweep_ns = 0
-        self._watermark_ns = 0
-        self._boot = ""
-        self._sequence = 0
-        self._handed_on_ns = 0
         self._final: Snapshot | None = None
+
+    @property
+    def program(self) -> FlowProgram:
+        """The program that is attached."""
+        return self.lifetime.program
 
     # ---- start and stop ----
 
     def open(self) -> None:
-        """Load and attach. Raises what is wrong with an interface, a privilege or the kernel, with nothing attached."""
-        settings = self.settings
+        """Load, or adopt what an earlier process left, and attach. Raises what is wrong with an interface, a privilege
+        or the kernel, with nothing attached that was not before.
+        """
+        life, settings = self.lifetime, self.settings
         try:
             with in_namespace(settings.netns):
-                for watched in self._watched:
-                    require_ethernet(watched.name)
-                self.program.load()
-                self._boot = uuid.uuid4().hex
+                self._watch.check()
+                life.open()
                 now = self.clock.monotonic_ns()
-                for watched in self._watched:
-                    self._attach(watched)
+                if life.adopted:
+                    self._handover.resume(life.journal, (life.retiring or life.program).ring)
+                else:
+                    self._handover.begin(life.journal, now + self.clock.offset_ns)
+                self.clock.update()
+                self._take_over()
         except BaseException:
-            self.program.close()
+            if life.adopted:
+                life.release()
+            else:
+                life.remove()
             raise
-        self._watermark_ns = now + self.clock.update()
         self._next_sweep_ns = now + settings.sweep_interval
         self._open = True
         self._ready.set()
 
-    def _attach(self, watched: _Watched) -> None:
-        attachment = self.program.attach(
-            watched.name, EBPFAttachMode(self.settings.mode), replace=self.settings.replace
-        )
-        watched.index, watched.complaint = attachment.ifindex, ""
-        logger.info("watching %s (%s mode)", watched.name, attachment.mode.value)
-        if vlan_offload(watched.name) and driver_of(watched.name) != "veth":
-            logger.warning(
-                "%s takes VLAN tags off before they can be seen, so flows carry no VLAN; `ethtool -K %s rxvlan off` "
-                "leaves them on",
-                watched.name,
-                watched.name,
-            )
+    def _take_over(self) -> None:
+        """Every interface runs our program, and what it replaces is empty."""
+        life = self.lifetime
+        while True:
+            self._watch.attach()
+            if life.retiring is not None:
+                time.sleep(GRACE_S)
+                self._flush(life.retiring)
+            life.settle()
+            if not life.outdated:
+                break
+            life.upgrade()
+        self.ledger.follow(life.program)
 
     def run(self) -> Snapshot:
         """Open, work until `stop`, close; returns the final ledger. Raises what ends it otherwise, after closing."""
@@ -167,9 +195,14 @@ class Agent:
         try:
             while not self._wait():
                 self.step()
-        finally:
-            final = self.close()
-        return final
+        except BaseException as error:
+            self._handover.lasting &= not _is_an_end(error)
+            if self._handover.lasting:
+                self.leave()
+            else:
+                self.close()
+            raise
+        return self.close()
 
     def start(self, timeout_s: float = 30.0) -> None:
         """`run` in a thread of its own; returns once packets are counted. Raises what `open` raises."""
@@ -217,48 +250,71 @@ class Agent:
         return self._stopping
 
     def close(self) -> Snapshot:
-        """Detach, flush the table, drain to the end, close the sink. Idempotent; returns the final ledger."""
+        """Detach, flush the table, drain to the end, close the sink. Idempotent; returns the final ledger.
+
+        Where the sink fails at that, and the sensor is pinned, what was not handed on stays for the next start.
+        """
         with self._lock:
             if self._final is not None:
                 return self._final
             failure: BaseException | None = None
             try:
                 with in_namespace(self.settings.netns):
-                    for watched in self._watched:
-                        self._detach(watched)
+                    self._watch.detach()
                 # A packet may still be under way on another CPU.
                 time.sleep(GRACE_S)
-                for records in self.program.flush_all():
-                    try:
-                        self._hand_on(records)
-                    except Exception as error:
-                        failure = failure or error
-                self._watermark_ns = max(self._watermark_ns, self.clock.monotonic_ns() + self.clock.offset_ns)
-                try:
-                    if not self._sink_failed:
-                        self._hand_on(EMPTY)
-                    self.sink.close()
-                except Exception as error:
-                    failure = failure or error
-                self.ledger.take_back("not written", getattr(self.sink, "unwritten", 0))
+                failure = self._finish()
                 self._final = self.snapshot()
             finally:
                 self._open = False
-                self.program.close()
+                if self._handover.failed and self._handover.lasting:
+                    self.lifetime.release()
+                else:
+                    self.lifetime.remove()
                 os.close(self._stop_fd)
                 self._stop_fd = -1
             if failure is not None:
                 raise failure
             return self._final
 
-    def _detach(self, watched: _Watched) -> None:
-        if watched.index is None:
-            return
-        watched.index = None
+    def _finish(self) -> BaseException | None:
+        """Everything that is left to the sink, and its end; returns what went wrong first."""
+        failure: BaseException | None = None
+        ring = self.program.ring
+        while True:
+            try:
+                self._flush(self.program)
+                if not self._handover.failed:
+                    self._handover.heartbeat(ring, self.clock.monotonic_ns() + self.clock.offset_ns)
+                break
+            except Exception as error:
+                failure = failure or error
+                self._handover.lasting &= not _is_an_end(error)
+                if self._handover.lasting:
+                    break
         try:
-            self.program.detach(watched.name)
-        except FlowsageError as error:
-            logger.warning("%s", error)
+            self.sink.close()
+        except Exception as error:
+            failure = failure or error
+        return failure
+
+    def leave(self) -> None:
+        """Go without a word: what is pinned stays attached and counting, for the next start. Idempotent."""
+        with self._lock:
+            if self._final is not None:
+                return
+            self._final = self.snapshot()
+            self._open = False
+            self.lifetime.release()
+            logger.warning(
+                "the program stays attached to %s and counts on: start again to go on where this ended, or remove it "
+                "with `flowsage collect --detach`",
+                ", ".join(self.settings.interfaces),
+            )
+            with suppress(Exception):
+                self.sink.close()
+            os.close(self._stop_fd)
+            self._stop_fd = -1
 
     # ---- work ----
 
@@ -267,63 +323,50 @@ class Agent:
         with self._lock:
             now = self.clock.monotonic_ns()
             self.clock.update()
-            count = 0
+            # What is in the ring goes first, so that a sweep finds room in it.
+            count = self._handover.drain(self.program.ring)
             if now >= self._next_sweep_ns:
                 self._next_sweep_ns = max(self._next_sweep_ns + self.settings.sweep_interval, now)
-                self._look_after_interfaces()
-                # What is in the ring goes first, so that the sweep finds room in it.
-                count += self._drain()
-                swept = self.clock.monotonic_ns()
-                failed = self.program.expire(swept).failed
-                count += self._drain(swept if not failed else None)
-                self.incomplete_sweeps += bool(failed)
-            else:
-                count += self._drain()
+                with in_namespace(self.settings.netns):
+                    self._watch.look_after()
+                count += self._sweep()
             return count
 
-    def _drain(self, swept_ns: int | None = None) -> int:
-        """Hand on what waits in the ring. `swept_ns`: a sweep at that time was complete, and is in the ring by now."""
-        records = self.program.ring.drain()
-        if swept_ns is not None and self.settings.active_timeout:
-            # What remains in the table began within the active timeout: see the walk in bpf/flow.bpf.c.
-            watermark = swept_ns - self.settings.active_timeout + self.clock.offset_ns
-            self._watermark_ns = max(self._watermark_ns, watermark)
-        if len(records) or (swept_ns is not None and self._heartbeat_due(swept_ns)):
-            self._hand_on(records)
-        return len(records)
+    def _sweep(self) -> int:
+        """Emit and hand on what has ended; where the ring was too small for all of it, again."""
+        ring, count = self.program.ring, 0
+        for _ in range(SWEEP_ATTEMPTS):
+            swept = self.clock.monotonic_ns()
+            if not self.program.expire(swept).failed:
+                break
+            count += self._handover.drain(ring)
+        else:
+            self.incomplete_sweeps += 1
+            return count
+        # What remains in the table began within the active timeout: see the walk in bpf/.
+        active = self.settings.active_timeout
+        watermark = swept - active + self.clock.offset_ns if active else 0
+        drained = self._handover.drain(ring, watermark)
+        if not drained and self._heartbeat_due(swept) and not ring.waiting:
+            self._handover.heartbeat(ring, watermark)
+        return count + drained
 
     def _heartbeat_due(self, now_ns: int) -> bool:
         # Sweeps come a little early or late.
-        silence = now_ns - self._handed_on_ns + self.settings.sweep_interval // 2
+        silence = now_ns - self._handover.handed_on_ns + self.settings.sweep_interval // 2
         return silence >= self.settings.heartbeat_interval and self.sink.ready()
 
-    def _hand_on(self, records: npt.NDArray[Any]) -> None:
-        self.ledger.drain(records)
-        if self._sink_failed:
-            self.ledger.lose("sink failed", len(records))
-            return
-        batch = to_batch(records, clock_offset_ns=self.clock.offset_ns, sensor=self.settings.name)
-        origin = Origin(
-            sensor=self.settings.name,
-            boot=self._boot,
-            sequence=self._sequence,
-            watermark_ns=self._watermark_ns,
-            drained_ns=self.clock.monotonic_ns() + self.clock.offset_ns,
-        )
-        try:
-            self.sink.put(batch, origin)
-        except BaseException:
-            self._sink_failed = True
-            self.ledger.lose("sink failed", len(records))
-            raise
-        self._sequence += 1
-        self._handed_on_ns = self.clock.monotonic_ns()
-        self.ledger.acknowledge(len(records))
+    def _flush(self, program: FlowProgram) -> None:
+        """Everything in a table to the sink, as forced ends."""
+        while True:
+            failed = program.flush().failed
+            if not self._handover.drain(program.ring) and not failed:
+                return
 
     @property
     def watermark_ns(self) -> int:
         """No flow that began before this Unix time is still in the table or the ring."""
-        return self._watermark_ns
+        return self._handover.watermark_ns
 
     def snapshot(self, *, walk: bool = True) -> Snapshot:
         """The ledger now; see `Ledger.snapshot`. After the end: the final one."""
@@ -333,36 +376,11 @@ class Agent:
             counts = getattr(self.sink, "counts", None)
             return self.ledger.snapshot(counts if isinstance(counts, PublishCounts) else None, walk=walk)
 
-    # ---- interfaces that come and go ----
-
     def interfaces(self) -> dict[str, str]:
         """State of each interface: "watched", "down" (attached, no carrier) or "missing"."""
-        return {w.name: "missing" if w.index is None else "watched" if w.running else "down" for w in self._watched}
+        return self._watch.states()
 
-    def _look_after_interfaces(self) -> None:
-        with in_namespace(self.settings.netns):
-            for watched in self._watched:
-                index = index_of(watched.name)
-                if watched.index is not None and index != watched.index:
-                    self._lost(watched, "is gone; it is watched again when it returns")
-                elif watched.index is not None and not self.program.attachments[watched.name].present():
-                    self._lost(watched, "lost our program to somebody else; attaching it again")
-                if watched.index is None and index is not None:
-                    self._attach_again(watched)
-                running = index is not None and is_running(watched.name)
-                if watched.index is not None and running != watched.running:
-                    logger.warning("interface %s is %s", watched.name, "up" if running else "down")
-                    watched.running = running
-
-    def _lost(self, watched: _Watched, how: str) -> None:
-        self.interfaces_lost += 1
-        logger.warning("interface %s %s", watched.name, how)
-        self._detach(watched)
-
-    def _attach_again(self, watched: _Watched) -> None:
-        try:
-            self._attach(watched)
-        except FlowsageError as error:
-            if str(error) != watched.complaint:
-                watched.complaint = str(error)
-                logger.warning("interface %s is back and cannot be watched: %s", watched.name, error)
+    @property
+    def interfaces_lost(self) -> int:
+        """How often an interface went away, or lost our program."""
+        return self._watch.lost

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 
 from flowsage.collector.agent import Agent, AgentSettings
 from flowsage.collector.ledger import Snapshot
-from flowsage.collector.output import LinesOutput, OutputClosedError, ParquetOutput
+from flowsage.collector.output import LinesOutput, OutputClosedError
+from flowsage.collector.parquet import ParquetOutput
+from flowsage.collector.publish import Sink
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +39,20 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 def collect(
     settings: AgentSettings,
-    output: str | os.PathLike[str] = "-",
+    output: str | os.PathLike[str] | Sink = "-",
     *,
     rotate_bytes: int = 256 << 20,
     rotate_s: float = 300.0,
     on_ready: Callable[[Agent], None] | None = None,
 ) -> Snapshot:
-    """Watch `settings.interfaces` until a signal; records go to `output`, a directory, or "-" for lines on stdout.
+    """Watch `settings.interfaces` until a signal; records go to `output`: a directory, "-" for lines on stdout, or a sink.
 
     At the end the table is flushed (end reason: forced end), nothing stays attached, and the final ledger is returned.
     `on_ready` is called once packets are counted. Raises the errors of `Agent.open` and of the outputs.
     """
-    sink: LinesOutput | ParquetOutput
-    if str(output) == "-":
+    if isinstance(output, Sink):
+        sink = output
+    elif str(output) == "-":
         sink = LinesOutput()
     else:
         sink = ParquetOutput(output, sensor=settings.name, rotate_bytes=rotate_bytes, rotate_s=rotate_s)
@@ -72,6 +75,7 @@ def summary(ledger: Snapshot) -> str:
     return (
         f"{ledger.seen.packets:,} packets seen, {ledger.drained.packets:,} in {ledger.records_drained:,} flow records"
         + (f", {', '.join(reasons)}" if reasons else "")
+        + (f"; {ledger.records_pending:,} records wait in the spool" if ledger.records_pending else "")
         + (f"; {lost:,} records lost ({', '.join(ledger.records_lost)})" if lost else "")
         + ("; the ledger closes" if ledger.closes else f"; the ledger does NOT close: {ledger.balance} packets")
     )

@@ -194,6 +194,9 @@ def in_namespace(name: str | None) -> Iterator[None]:
     try:
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if os.path.sameopenfile(home, target):
+                yield
+                return
             _enter(target, name)
             try:
                 yield
@@ -203,6 +206,16 @@ def in_namespace(name: str | None) -> Iterator[None]:
             os.close(home)
     finally:
         os.close(target)
+
+
+def enter_namespace(name: str) -> None:
+    """The calling thread is in the network namespace `name` from now on. Raises what `in_namespace` raises."""
+    with in_namespace(name):
+        entered = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _enter(entered, name)
+    finally:
+        os.close(entered)
 
 
 def _enter(fd: int, name: str) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.collector.journal import Books
 from flowsage.collector.publish import PublishCounts
 from flowsage.collector.statistics import PROTOCOLS, by_protocol
 
@@ -157,6 +158,15 @@ class Ledger:
             bytes=self.drained.bytes + int(ways["bytes"].sum(dtype=np.uint64)),
         )
 
+    def settle(self, books: Books) -> None:
+        """What has been drained since the boot began, in whichever process."""
+        self.drained_records = books.records
+        self.drained = Count(packets=books.packets, bytes=books.bytes)
+
+    def follow(self, program: FlowProgram) -> None:
+        """The program whose counters count from now on."""
+        self._program = program
+
     def acknowledge(self, records: int) -> None:
         """So many drained records have been taken by whoever consumes them."""
         self.acknowledged += records
@@ -165,11 +175,6 @@ class Ledger:
         """So many drained records are lost, for `reason`."""
         if records:
             self.lost[reason] = self.lost.get(reason, 0) + records
-
-    def take_back(self, reason: str, records: int) -> None:
-        """So many records that were acknowledged are lost after all: their file was never finished."""
-        self.acknowledged -= records
-        self.lose(reason, records)
 
     def snapshot(self, published: PublishCounts | None = None, *, walk: bool = True) -> Snapshot:
         """The balance now. Nothing may be drained or handed on meanwhile; packets may come.

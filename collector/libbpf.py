@@ -78,6 +78,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_map__fd": (_FD, (_POINTER,)),
     "bpf_map__set_max_entries": (ct.c_int, (_POINTER, ct.c_uint32)),
     "bpf_map__max_entries": (ct.c_uint32, (_POINTER,)),
+    "bpf_map__type": (ct.c_int, (_POINTER,)),
+    "bpf_map__key_size": (ct.c_uint32, (_POINTER,)),
+    "bpf_map__value_size": (ct.c_uint32, (_POINTER,)),
+    "bpf_map__reuse_fd": (ct.c_int, (_POINTER, _FD)),
     "bpf_map__initial_value": (_POINTER, (_POINTER, ct.POINTER(ct.c_size_t))),
     "bpf_map_lookup_elem": (ct.c_int, (_FD, _POINTER, _POINTER)),
     "bpf_xdp_detach": (ct.c_int, (ct.c_int, ct.c_uint32, _POINTER)),
@@ -179,6 +183,17 @@ class Object:
             return self.maps[name]
         except KeyError:
             raise ProgramError(f"{self.path} has no map {name}: it was built for another version") from None
+
+    def shape(self, name: str) -> tuple[int, int, int, int]:
+        """Before load: type, key size, value size and entries of a map, as `reuse` needs them to be."""
+        pointer = self._map(name)
+        asked = ("type", "key_size", "value_size", "max_entries")
+        kind, key, value, entries = (int(getattr(self._lib, f"bpf_map__{what}")(pointer)) for what in asked)
+        return kind, key, value, entries
+
+    def reuse(self, name: str, fd: int) -> None:
+        """Before load: the programs use this map, which is there already, for theirs of that name."""
+        check(self._lib.bpf_map__reuse_fd(self._map(name), fd), f"keeping {name} for {self.path}")
 
     def resize(self, name: str, entries: int) -> None:
         """Before load: the number of entries (a ring: of bytes)."""

@@ -66,7 +66,7 @@ COUNTERS = (
 )
 """enum flow_counter of bpf/flow.h, in order, in lower case and without its prefix."""
 
-EMITTED_AND_READ = ("flows", "records", "counters")
+KEPT = ("flows", "records", "counters")
 """The maps that hold what has been counted: an upgrade either keeps all three, or empties them."""
 
 Loader = Literal["auto", "libbpf", "bcc"]
@@ -339,6 +339,14 @@ class FlowProgram:
         if interface not in self.attachments:
             raise InterfaceError(f"{interface} is not watched")
         self.attachments.pop(interface).detach()
+
+    def program_fd(self, name: str) -> int:
+        """Descriptor of one of its programs. Raises ProgramError."""
+        return self._loaded().program_fd(name)
+
+    def map_fd(self, name: str) -> int:
+        """Descriptor of one of its maps. Raises ProgramError."""
+        return self._loaded().map_fd(name)
 
     # ---- what it knows ----
 

@@ -1,8 +1,9 @@
 """The BPF ring buffer as a NumPy structured array.
 
 Every record is one slot of 256 bytes: the kernel's 8-byte header and `RECORD_DTYPE`. The ring's size is a multiple of
-256, and the kernel maps its data twice in a row, so what waits in it is always one slice. A drain is that slice, a look
-at the busy bits and one copy. (Layout and protocol: Documentation/bpf/ringbuf.rst, kernel/bpf/ringbuf.c.)
+256, so what waits in it is one slice, or two where it wraps. (The kernel offers its data twice in a row; that second
+mapping would count as memory of ours.) To look at it is that slice, a glance at the busy bits and one copy.
+(Layout and protocol: Documentation/bpf/ringbuf.rst, kernel/bpf/ringbuf.c.)
 """
 
 from __future__ import annotations
@@ -83,10 +84,10 @@ class Ring:
         self.drained = 0
         self._fd = fd
         self._consumer_map = _map(fd, _PAGE, mmap.PROT_READ | mmap.PROT_WRITE, 0)
-        self._producer_map = _map(fd, _PAGE + 2 * size, mmap.PROT_READ, _PAGE)
+        self._producer_map = _map(fd, _PAGE + size, mmap.PROT_READ, _PAGE)
         self._consumer = _view(self._consumer_map, 8).view("<u8")
         self._producer = _view(self._producer_map, 8).view("<u8")
-        data = _view(self._producer_map + _PAGE, 2 * size)
+        data = _view(self._producer_map + _PAGE, size)
         self._lengths = data.view("<u4")[:: SLOT_BYTES // 4]
         self._words = data.view("<u8").reshape(-1, SLOT_BYTES // 8)[:, 1:]
         self._epoll = select.epoll()
@@ -111,7 +112,7 @@ class Ring:
         """The records that wait, oldest first, as a copy [n] of RECORD_DTYPE; their slots stay taken until `release`.
 
         At most `max_records` slots, or as many as `out` (RECORD_DTYPE, contiguous) holds, of those before the position
-        `to`. Stops before a record that is being written. Never blocks.
+        `to`. Stops where the ring wraps, and before a record that is being written. Never blocks.
         """
         taken = int(self._consumer[0])
         count = ((int(self._producer[0]) if to is None else to) - taken) // SLOT_BYTES
@@ -120,6 +121,7 @@ class Ring:
         if out is not None:
             count = min(count, len(out))
         start = taken % self.size // SLOT_BYTES
+        count = min(count, self.size // SLOT_BYTES - start)
         lengths = self._lengths[start : start + count]
         kept = None
         if count and int(lengths.max()) >= DISCARDED:
@@ -137,11 +139,18 @@ class Ring:
         self._consumer[0] = position
 
     def drain(self, max_records: int | None = None, out: Records | None = None) -> Records:
-        """`peek` and `release` at once."""
-        taken = self.peek(max_records, out)
-        self.release(taken.end)
-        self.drained += len(taken.records)
-        return taken.records
+        """`peek` and `release` at once, and again where the ring wraps."""
+        first = self.peek(max_records, out)
+        self.release(first.end)
+        count = len(first.records)
+        self.drained += count
+        if first.end % self.size or not self.waiting or count == max_records:
+            return first.records
+        left = None if max_records is None else max_records - count
+        second = self.peek(left, None if out is None else out[count:])
+        self.release(second.end)
+        self.drained += len(second.records)
+        return np.concatenate([first.records, second.records]) if out is None else out[: count + len(second.records)]
 
     @staticmethod
     def _copy(words: npt.NDArray[np.uint64], out: Records | None) -> Records:
@@ -165,7 +174,7 @@ class Ring:
             self._epoll.close()
             del self._consumer, self._producer, self._lengths, self._words
             _libc.munmap(self._consumer_map, _PAGE)
-            _libc.munmap(self._producer_map, _PAGE + 2 * self.size)
+            _libc.munmap(self._producer_map, _PAGE + self.size)
             self._consumer_map = 0
 
     def __enter__(self) -> Ring:

@@ -13,10 +13,10 @@ from flowsage.collector.output import (
     LinesOutput,
     OutputClosedError,
     OutputError,
-    ParquetOutput,
     format_lines,
     human_bytes,
 )
+from flowsage.collector.parquet import ParquetOutput
 from flowsage.collector.publish import Origin
 from flowsage.collector.records import FLOW_SCHEMA, RECORD_DTYPE, to_batch
 from flowsage.graph.flows import from_table
