@@ -135,7 +135,8 @@ def _replay_flows(source: Path, settings: Settings, outputs: Outputs, *, as_json
         click.echo(f"{source}: {file.reordered:,} rows go back in time; they were put in order", err=True)
     with ScoredRun(settings, outputs, as_json=as_json) as run:
         for step in file.steps(settings.windows.pane):
-            run.scorer.step(step.flows, step.now_ns, step.watermark_ns)
+            run.scorer.take(step.flows, step.watermark_ns)
+            run.scorer.step(step.now_ns)
         run.finish(file.rows)
     click.echo(f"{source}: {file.rows:,} flows; {run.summary()}", err=True)
 
@@ -184,7 +185,7 @@ class ScoredRun:
 
     def __init__(self, settings: Settings, outputs: Outputs, *, as_json: bool) -> None:
         from flowsage.pipelines.outputs import FindingWriter, HostTableWriter, ScoreTable
-        from flowsage.pipelines.score import Scorer
+        from flowsage.pipelines.scorer import Scorer
 
         self._outputs = outputs
         self._scores = ScoreTable() if outputs.scores else None
@@ -256,5 +257,6 @@ class _Panes:
         from flowsage.graph.flows import merge
 
         if self._held:
-            self._run.scorer.step(merge(self._held), self._now_ns, self._watermark_ns)
+            self._run.scorer.take(merge(self._held), self._watermark_ns)
+            self._run.scorer.step(self._now_ns)
         self._held = []

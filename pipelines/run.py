@@ -13,28 +13,23 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
-import pyarrow as pa
 
 from flowsage.collector.agent import Agent
 from flowsage.collector.collect import stopped_by_signals, summary
-from flowsage.collector.publish import FLOWS_TOPIC, Publisher, deserialise
+from flowsage.collector.publish import Publisher
 from flowsage.pipelines.config import Settings
-from flowsage.pipelines.log import Log, LogRecord
+from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
 from flowsage.pipelines.metrics import Metrics, Value
 from flowsage.pipelines.sensor import agent_settings
+from flowsage.pipelines.topics import anomalies_topic, flows_topic
 
 if TYPE_CHECKING:
-    from flowsage.graph.flows import FlowBatch
-    from flowsage.models.explain import Finding
-    from flowsage.pipelines.outputs import FindingWriter
-    from flowsage.pipelines.score import Scorer
+    from flowsage.pipelines.scorer import Scorer
 
-ANOMALIES_TOPIC = "flowsage.anomalies.v1"
-GROUP = "flowsage-scorer"
 PROGRESS_S = 10.0
 DEFAULT_ATTACKS = ("75:scan",)
 
@@ -50,6 +45,8 @@ def sensor_metrics(agent: Agent) -> Mapping[str, Value]:
     return {
         "flowsage_packets": ledger.seen.packets,
         "flowsage_packet_bytes": ledger.seen.bytes,
+        "flowsage_protocol_packets": {name: count.packets for name, count in ledger.protocols.items()},
+        "flowsage_protocol_bytes": {name: count.bytes for name, count in ledger.protocols.items()},
         "flowsage_packets_unaccounted": {reason: count.packets for reason, count in ledger.reasons.items()},
         "flowsage_packets_delivered": ledger.drained.packets,
         "flowsage_fragments": ledger.fragment_nonfirst,
@@ -66,97 +63,45 @@ def sensor_metrics(agent: Agent) -> Mapping[str, Value]:
     }
 
 
+class LineWriter(Protocol):
+    """Takes findings as they come (`outputs.FindingWriter` is one)."""
+
+    def write_json(self, line: str) -> None:
+        """One finding (OCSF), as JSON."""
+
+
 class LiveScoring:
-    """Consumes flow batches from the log a pane at a time, and puts findings and offsets back in one transaction."""
+    """Scores what is in the log of this process, and writes the findings as they come."""
 
-    def __init__(self, settings: Settings, log: Log, writer: FindingWriter, metrics: Metrics) -> None:
-        from flowsage.pipelines.score import Scorer
+    def __init__(self, settings: Settings, log: Log, writer: LineWriter, metrics: Metrics) -> None:
+        from flowsage.pipelines.score import Scoring
 
-        self.settings = settings
-        self.log = log
-        self.writer = writer
-        self.metrics = metrics
-        self.dead = 0
-        self.scorer: Scorer = Scorer(settings, on_findings=self._findings)
-        self._consumer = log.consumer(GROUP, FLOWS_TOPIC)
-        self._reader = log.consumer("output", ANOMALIES_TOPIC)
-        self._transactor = log.transactor(GROUP)
-        self._told: list[Finding] = []
-        self._arrived: list[FlowBatch] = []
-        self._watermark_ns = 0
-        self._sensor = settings.sensor.name
+        self._scoring = Scoring(settings, log, metrics=metrics, restarts=False)
+        self._findings = log.consumer("output", anomalies_topic(settings.kafka.prefix))
+        self._writer = writer
+        self.snapshot = self._scoring.snapshot
+        self.standing = self._scoring.standing
+        # The log in memory has one partition, and gives it away at once.
+        self._scoring.turn(0.0)
+        self.scorer: Scorer = self._scoring.seats[0].site.scorer
 
     def run(self, stopped: threading.Event, until: float | None) -> None:
-        """Step at every pane boundary of the wall clock until told to stop, or `until` (time.monotonic)."""
-        pane = self.settings.windows.pane
-        next_pane = (time.time_ns() // pane + 1) * pane
+        """Score until told to stop, or `until` (time.monotonic)."""
         while not stopped.is_set() and (until is None or time.monotonic() < until):
-            wait = (next_pane - time.time_ns()) / 1e9
-            if wait > 0:
-                self._take(self._consumer.poll(timeout_s=min(wait, 0.2)))
-                continue
-            self._take(self._consumer.poll())
-            self.step(next_pane)
-            next_pane = max(next_pane + pane, (time.time_ns() // pane) * pane)
-
-    def snapshot(self) -> Mapping[str, Value]:
-        """Windows, models and findings, for the metrics."""
-        from flowsage.pipelines.score import scoring_metrics
-
-        return scoring_metrics(self.scorer) | {"flowsage_flows_dead_lettered": self.dead}
+            self._scoring.turn(0.2)
+            self._write()
 
     def finish(self) -> None:
         """Read the log to its end, score what is open."""
-        while records := self._consumer.poll():
-            self._take(records)
-        self.step(time.time_ns())
-        self.scorer.finish()
+        self._scoring.finish()
+        self._write()
 
-    def step(self, now_ns: int) -> None:
-        """One pane."""
-        from flowsage.graph.flows import merge
-        from flowsage.pipelines.findings import to_json
-
-        started = time.perf_counter()
-        flows = merge(self._arrived) if self._arrived else _no_flows()
-        self._arrived = []
-        self._told = []
-        windows = self.scorer.counters.window_seconds
-        self.scorer.step(flows, now_ns, self._watermark_ns, self._sensor)
-        with self._transactor.transaction() as transaction:
-            for finding in self._told:
-                transaction.append(ANOMALIES_TOPIC, finding.host.encode(), to_json(finding).encode())
-            transaction.commit_offsets(self._consumer, self._consumer.position())
-        for record in self._reader.poll():
-            self.writer.write_json((record.value or b"").decode())
-        self._reader.commit()
-        closing_seconds = self.scorer.counters.window_seconds - windows
-        self.metrics.pane_seconds.observe(time.perf_counter() - started - closing_seconds)
-        if closing_seconds:
-            self.metrics.window_seconds.observe(closing_seconds)
-
-    def _findings(self, findings: list[Finding]) -> None:
-        self._told += findings
-
-    def _take(self, records: list[LogRecord]) -> None:
-        from flowsage.graph.flows import from_table
-
+    def _write(self) -> None:
+        records = self._findings.poll()
         for record in records:
-            try:
-                table = deserialise(record.value or b"")
-                self._watermark_ns = int((table.schema.metadata or {})[b"flowsage.watermark_ns"])
-            except (pa.ArrowException, KeyError, ValueError):
-                self.dead += 1
-                continue
-            if len(table):
-                self._arrived.append(from_table(table, undirected=self.settings.model.undirected))
-
-
-def _no_flows() -> FlowBatch:
-    from flowsage.collector.records import FLOW_SCHEMA
-    from flowsage.graph.flows import from_table
-
-    return from_table(FLOW_SCHEMA.empty_table())
+            self._writer.write_json((record.value or b"").decode())
+        if records:
+            self._findings.commit()
 
 
 def run_live(
@@ -188,11 +133,9 @@ def run_live(
             interfaces, netns = tuple(network.interfaces), network.netns
             say(f"lab: {len(network.hosts)} hosts in network namespaces, on one bridge; truth in {network.truth_path}")
         log = MemoryLog()
-        log.consumer(GROUP, FLOWS_TOPIC)
         sensor = agent_settings(settings, interfaces=interfaces, netns=netns)
-        agent = Agent(
-            replace(sensor, heartbeat_interval=settings.windows.pane // 2), Publisher(log, sensor=settings.sensor.name)
-        )
+        publisher = Publisher(log, sensor=settings.sensor.name, topic=flows_topic(settings.kafka.prefix))
+        agent = Agent(replace(sensor, heartbeat_interval=settings.windows.pane // 2), publisher)
         stack.callback(lambda: agent.stop() if agent.alive else None)
         agent.start()
         metrics.add(lambda: sensor_metrics(agent))
@@ -223,10 +166,8 @@ def run_live(
 def _progress(agent: Agent, scoring: LiveScoring, stopped: threading.Event, started: float) -> None:
     """A line now and then: what came in, what has been learnt, whether alarms are ready."""
     while not stopped.wait(PROGRESS_S):
-        ledger, scorer = agent.snapshot(walk=False), scoring.scorer
-        counts = f"{ledger.seen.packets:,} packets, {scorer.counters.consumed:,} flows"
-        learnt = f"{scorer.counters.windows} windows learnt"
-        say(f"{time.monotonic() - started:5.0f} s  {counts}, {learnt}; {scorer.standing()}")
+        packets = agent.snapshot(walk=False).seen.packets
+        say(f"{time.monotonic() - started:5.0f} s  {packets:,} packets, {scoring.standing()}")
 
 
 def run_file(settings: Settings, pcap: Path | None, flows: Path | None, *, findings: Path | str, as_json: bool) -> None:

@@ -1,15 +1,21 @@
-"""The scorer: flows in, scores and findings out. One loop for the live stream, a capture and a file."""
+"""The scorer: flows in, scores and findings out. One for the live stream, Kafka, a capture and a file."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowsage.collector.errors import ConfigurationError
-from flowsage.graph.flows import FlowBatch
+from flowsage.collector.records import FLOW_SCHEMA
+from flowsage.graph.flows import FlowBatch, from_table, merge
 from flowsage.graph.window import WindowBuffer, in_order
 from flowsage.models.alarms import AlarmConfig
 from flowsage.models.detector import ClosedWindows, Detector, DetectorConfig
@@ -19,6 +25,9 @@ from flowsage.models.meeting import MeetingConfig
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.findings import SEVERITIES, version
 from flowsage.pipelines.metrics import Value
+from flowsage.pipelines.model import ModelDirectory
+
+logger = logging.getLogger(__name__)
 
 OnFindings = Callable[[list[Finding]], None]
 OnClosed = Callable[[ClosedWindows], None]
@@ -69,9 +78,11 @@ def detector_config(settings: Settings) -> DetectorConfig:
 
 @dataclass
 class ScorerCounters:
-    """What went through, for metrics and the ledger: consumed = scored + late + still open."""
+    """What went through, for metrics and the ledger: consumed = scored + known + late + refused + still open."""
 
     consumed: int = 0
+    known: int = 0
+    """Not scored, for the model had learnt from them before."""
     scored: int = 0
     windows: int = 0
     panes: int = 0
@@ -85,24 +96,72 @@ class Scorer:
 
     on_findings   called with the findings of each pane that has some
     on_closed     called with each run of closed windows
+    clock         Unix time, ns, beyond which no sensor is believed; None: what the flows say is all there is
+    detector      one that has learnt already, under the same configuration; None: that of the model directory, if the
+                  settings name one, which is watched either way
     """
 
-    def __init__(self, settings: Settings, *, on_findings: OnFindings, on_closed: OnClosed | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        on_findings: OnFindings,
+        on_closed: OnClosed | None = None,
+        clock: Callable[[], int] | None = None,
+        detector: Detector | None = None,
+    ) -> None:
         self.settings = settings
-        self.detector = Detector(detector_config(settings))
-        self.buffer = WindowBuffer(settings.windows.window, 0, settings.windows.lateness)
+        config = detector_config(settings)
+        self.model = ModelDirectory(Path(settings.model.directory), config) if settings.model.directory else None
+        self._known_until_ns = -(1 << 62)
+        """What begins before it has been learnt by the model."""
+        if detector is None and self.model is not None:
+            detector, manifest = self.model.load()
+            self._known_until_ns = manifest.until_ns
+        self.detector = detector or Detector(config)
+        windows = settings.windows
+        self.buffer = WindowBuffer(
+            windows.window,
+            0,
+            windows.lateness,
+            clock=clock,
+            idle_timeout_ns=windows.idle_timeout,
+            max_ahead_ns=windows.max_ahead,
+            max_behind_ns=windows.max_behind,
+        )
         self.counters = ScorerCounters()
         self.raised: Counter[str] = Counter()
         """Findings raised, by severity."""
         self._on_findings = on_findings
         self._on_closed = on_closed
+        self._arrived: list[FlowBatch] = []
 
-    def step(self, flows: FlowBatch, now_ns: int, watermark_ns: int, sensor: str = "file") -> None:
-        """One pane: the flows that arrived up to now_ns; flows that start before watermark_ns are all here."""
-        started = time.perf_counter()
+    def take(self, flows: FlowBatch, watermark_ns: int, sensor: str = "file") -> FlowBatch:
+        """Flows of the pane that is filling; those of the sensor that start before watermark_ns have all been taken.
+
+        Returns those that were not refused (`WindowBuffer.add`).
+        """
         self.counters.consumed += len(flows)
-        self.buffer.add(flows, sensor, watermark_ns)
-        self._publish(self.detector.pane(now_ns, in_order(flows)))
+        if len(flows) and int(flows.start_ns.min()) < self._known_until_ns:
+            flows = self._unknown(flows)
+        taken = self.buffer.add(flows, sensor, watermark_ns)
+        if len(taken):
+            self._arrived.append(taken)
+        return taken
+
+    @property
+    def pending(self) -> bool:
+        """Whether flows wait for the end of their pane."""
+        return bool(self._arrived)
+
+    def step(self, now_ns: int) -> None:
+        """The pane ends at now_ns: the alarms look at what was taken since the last one, and windows close."""
+        if self.model is not None:
+            self._renew(now_ns, self.model)
+        started = time.perf_counter()
+        flows = in_order(merge(self._arrived)) if self._arrived else no_flows()
+        self._arrived = []
+        self._publish(self.detector.pane(now_ns, flows))
         self.counters.panes += 1
         self.counters.pane_seconds += time.perf_counter() - started
         self._close(self.buffer.close_ready())
@@ -110,6 +169,23 @@ class Scorer:
     def finish(self) -> None:
         """The end of the input: whatever is open closes. Findings that go on stay open: nobody saw their end."""
         self._close(self.buffer.flush())
+
+    def _unknown(self, flows: FlowBatch) -> FlowBatch:
+        """Those that the model has not learnt from: the others would be nothing new to it."""
+        fresh = np.flatnonzero(flows.start_ns >= self._known_until_ns)
+        if not self.counters.known:
+            until = datetime.fromtimestamp(self._known_until_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            logger.warning("the model has learnt everything up to %s; flows before that are not scored", until)
+        self.counters.known += len(flows) - len(fresh)
+        return flows.take(fresh)
+
+    def _renew(self, now_ns: int, model: ModelDirectory) -> None:
+        """Take in a new model, between panes; the findings that are open stay open."""
+        renewed = model.renewed(now_ns, self.buffer.oldest_open_ns)
+        if renewed is not None:
+            episodes = self.detector.alarms.episodes
+            self.detector, _ = renewed
+            self.detector.alarms.episodes = episodes
 
     def _publish(self, findings: list[Finding]) -> None:
         if findings:
@@ -136,14 +212,42 @@ class Scorer:
         return f"graph {graph}; alarms {readiness.reason}"
 
 
-def scoring_metrics(scorer: Scorer) -> dict[str, Value]:
-    """Windows, history, graph and alarms, for the table of metrics."""
+def no_flows() -> FlowBatch:
+    """A batch of none."""
+    return from_table(FLOW_SCHEMA.empty_table())
+
+
+def scoring_metrics(scorers: Sequence[Scorer]) -> dict[str, Value]:
+    """Windows, history, graph and alarms, for the table of metrics: sums, and of what is ready the least."""
+    values: dict[str, Value] = {"flowsage_build": {version(): 1.0}}
+    told = [_metrics(scorer) for scorer in scorers]
+    for name in dict.fromkeys(n for each in told for n in each):
+        parts = [each[name] for each in told if name in each]
+        if isinstance(parts[0], Mapping):
+            labels = dict.fromkeys(label for part in parts if isinstance(part, Mapping) for label in part)
+            values[name] = {k: sum(p.get(k, 0) for p in parts if isinstance(p, Mapping)) for k in labels}
+        else:
+            numbers = [float(p) for p in parts if not isinstance(p, Mapping)]
+            values[name] = min(numbers) if name in LEAST else sum(numbers)
+    return values
+
+
+LEAST = {
+    "flowsage_watermark_timestamp_seconds", "flowsage_calibration_ready", "flowsage_graph_ready",
+    "flowsage_graph_training_loss", "flowsage_graph_mixture_weight",
+}  # fmt: skip
+"""Metrics of which several sites have the least of theirs."""
+
+
+def _metrics(scorer: Scorer) -> dict[str, Value]:
     counters, buffer, detector = scorer.counters, scorer.buffer, scorer.detector
     values: dict[str, Value] = {
-        "flowsage_build": {version(): 1.0},
         "flowsage_flows_consumed": counters.consumed,
         "flowsage_flows_scored": counters.scored,
+        "flowsage_flows_known": counters.known,
         "flowsage_flows_late": buffer.counters.late,
+        "flowsage_flows_refused": buffer.counters.future,
+        "flowsage_sensors_left_out": {"silent": buffer.counters.idled, "clock behind": buffer.counters.fell_behind},
         "flowsage_flows_open": buffer.open_flows(),
         "flowsage_windows_closed": counters.windows,
         "flowsage_panes": counters.panes,
@@ -155,6 +259,8 @@ def scoring_metrics(scorer: Scorer) -> dict[str, Value]:
         "flowsage_findings": dict(scorer.raised),
         "flowsage_findings_open": len(detector.alarms.episodes.open),
     }
+    if scorer.model is not None:
+        values |= {"flowsage_model_loads": scorer.model.loads, "flowsage_model_refused": scorer.model.refused}
     if detector.prior is not None:
         prior = detector.prior
         values |= {
