@@ -15,6 +15,7 @@ import click
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowsage.collector.errors import FlowsageError
+from flowsage.collector.interface import read_interface
 from flowsage.collector.inventory import Present, inventory
 from flowsage.collector.ledger import reasons_of
 from flowsage.collector.statistics import PROTOCOLS
@@ -85,10 +86,21 @@ def as_dict(program: Present) -> dict[str, Any]:
     }
 
 
+def _interface_words(name: str) -> list[str]:
+    """Its state, driver, MTU, and whether it hides VLAN tags; nothing where it has gone."""
+    try:
+        interface = read_interface(name)
+    except FlowsageError:
+        return []
+    words = [interface.state, interface.driver or "no driver", f"MTU {interface.mtu}"]
+    hides = interface.vlan_offload and interface.driver != "veth"
+    return [*words, "takes VLAN tags off before XDP"] if hides else words
+
+
 def kernel_lines(program: Present) -> list[str]:
     """One program in the kernel: where it runs and how fast, what it holds, what became of the packets."""
     stats, counters = program.stats, program.counters
-    where = [f"{name} ({mode})" for name, mode in program.interfaces]
+    where = [f"{name} ({', '.join([mode, *_interface_words(name)])})" for name, mode in program.interfaces]
     where += [f"{program.elsewhere} in other network namespaces"] if program.elsewhere else []
     speed = "no packet just now" if program.recent_ns is None else f"{program.recent_ns:,.0f} ns a packet just now"
     on = f"on {', '.join(where)}" if where else "attached to nothing"

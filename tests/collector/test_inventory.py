@@ -141,7 +141,7 @@ def test_what_goes_on_without_a_process_is_found_and_status_shows_it(
         told = CliRunner().invoke(main, ["status", "--port", "1", "--json"])
     assert shown.exit_code == told.exit_code == 0
     assert "is `flowsage run` running" in shown.output
-    assert f"flow_xdp (program {program_id}) on {pair.receiver} (drv)" in shown.output
+    assert f"flow_xdp (program {program_id}) on {pair.receiver} (drv, up, veth, MTU 65535)" in shown.output
     assert "flows: 3 of 100 entries (3.0%)" in shown.output
     assert "5 packets seen, 4 in flows, 0 of them sent in 0 records; not in flows: non_ip 1" in shown.output
     assert f"pinned in {folder}: no process runs it, it counts on" in shown.output
