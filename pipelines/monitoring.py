@@ -1,0 +1,349 @@
+"""One interface under watch from a script: packets by protocol, and GraphSAGE's findings, in this process.
+
+    with create_ebpf_monitoring("eth0") as monitoring:
+        monitoring.get_metrics()["packet_counters"]          # {'TCP': 1200, 'UDP': 31, 'ICMP': 4, 'OTHER': 2}
+
+An interface takes one XDP program. With GraphSAGE streaming it is the flow program, which counts by protocol what it
+sees, by the same rule as `xdp_counter`, exactly; without, it is `xdp_counter` alone. What is missing is left out, and
+`get_metrics()["state"]` says what is off and why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import generate_latest
+
+from flowsage.collector.errors import ConfigurationError, FlowsageError, ProgramError
+from flowsage.collector.interface import in_namespace, read_interface
+from flowsage.collector.statistics import PROTOCOLS
+from flowsage.collector.xdp import EBPFAttachMode
+from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.metrics import Metrics, Value
+
+if TYPE_CHECKING:
+    from flowsage.collector.agent import Agent
+    from flowsage.collector.loader import EBPFLoader
+    from flowsage.pipelines.memory_log import MemoryLog
+    from flowsage.pipelines.run import LiveScoring
+
+logger = logging.getLogger(__name__)
+
+FINDINGS_KEPT = 100
+NOT_ASKED = "not asked for"
+
+
+class NothingToMonitorError(FlowsageError):
+    """Nothing of what was asked for can run here."""
+
+
+class RecentFindings:
+    """The last findings that were told (OCSF), in place of a file."""
+
+    def __init__(self) -> None:
+        self.last: deque[dict[str, Any]] = deque(maxlen=FINDINGS_KEPT)
+        self.told = 0
+
+    def write_json(self, line: str) -> None:
+        """Remember it."""
+        self.told += 1
+        self.last.append(json.loads(line))
+
+
+class EBPFMonitoring:
+    """What `create_ebpf_monitoring` returns. A context manager: leaves nothing attached.
+
+    `netns`: network namespace of the interface (see `interface.in_namespace`). Raises ConfigurationError where both
+    parts are switched off, NothingToMonitorError where what remains of them is nothing, and InterfaceError,
+    ProgramError, PrivilegeError as the loader does.
+    """
+
+    def __init__(
+        self,
+        interface: str,
+        *,
+        enable_xdp_counter: bool = True,
+        enable_graphsage_streaming: bool = True,
+        settings: Settings | None = None,
+        netns: str | None = None,
+    ) -> None:
+        if not enable_xdp_counter and not enable_graphsage_streaming:
+            raise ConfigurationError("both the counter and GraphSAGE streaming are off; leave one of them on")
+        self.interface = interface
+        self.settings = settings or load()
+        self._netns = netns
+        self._counting = enable_xdp_counter
+        self._lock = threading.RLock()
+        self._agent: Agent | None = None
+        self._loader: EBPFLoader | None = None
+        self._program_id = 0
+        self._scoring: LiveScoring | None = None
+        self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
+        self._log: MemoryLog | None = None
+        self._streaming_off = "" if enable_graphsage_streaming else NOT_ASKED
+        self._final: dict[str, tuple[int, int]] | None = None
+        self.findings = RecentFindings()
+        self.metrics = Metrics()
+        with in_namespace(netns):
+            read_interface(interface)  # one that is not there is an error, whatever else is missing
+        try:
+            self._start()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    # ---- start and stop ----
+
+    def _start(self) -> None:
+        if not self._streaming_off:
+            self._streaming_off = missing_model(self.settings)
+        if not self._streaming_off:
+            try:
+                self._start_streaming()
+                return
+            except ProgramError as error:  # the counter needs less
+                self._streaming_off = str(error)
+        if self._streaming_off != NOT_ASKED:
+            logger.warning("GraphSAGE streaming is off: %s", self._streaming_off)
+        if not self._counting:
+            raise NothingToMonitorError(f"the counter is off, and GraphSAGE streaming too: {self._streaming_off}")
+        self._start_counter()
+
+    def _start_counter(self) -> None:
+        from flowsage.collector.loader import create_ebpf_loader
+
+        sensor = self.settings.sensor
+        self._loader = create_ebpf_loader()
+        with in_namespace(self._netns):
+            self._program_id = self._loader.load_program("xdp_counter.o")
+            self._loader.attach_to_interface(
+                self._program_id, self.interface, EBPFAttachMode(sensor.mode), replace=sensor.replace
+            )
+        self.metrics.add(self._counter_metrics)
+
+    def _start_streaming(self) -> None:
+        """As `flowsage run`: the sensor in a thread, the log in memory, scoring in another thread."""
+        from flowsage.collector.agent import Agent
+        from flowsage.collector.publish import Publisher
+        from flowsage.pipelines.memory_log import MemoryLog
+        from flowsage.pipelines.run import LiveScoring, sensor_metrics
+        from flowsage.pipelines.sensor import agent_settings
+        from flowsage.pipelines.topics import flows_topic
+
+        log = self._log = MemoryLog()
+        sensor = agent_settings(self.settings, interfaces=(self.interface,), netns=self._netns)
+        # Nothing of it outlives this process.
+        sensor = replace(sensor, heartbeat_interval=self.settings.windows.pane // 2, pins=None)
+        agent = Agent(sensor, Publisher(log, sensor=sensor.name, topic=flows_topic(self.settings.kafka.prefix)))
+        agent.start()
+        self._agent = agent
+        self.metrics.add(lambda: sensor_metrics(agent))
+        scoring = self._scoring = LiveScoring(self.settings, log, self.findings, self.metrics)
+        self.metrics.add(scoring.snapshot)
+        self._thread = threading.Thread(target=self._score, args=(scoring,), name="flowsage-scoring", daemon=True)
+        self._thread.start()
+
+    def _score(self, scoring: LiveScoring) -> None:
+        try:
+            scoring.run(self._stopped, None)
+        except Exception as error:  # packets are counted on; records that nobody takes are lost, counted in the ledger
+            self._streaming_off = f"it has ended: {error}"
+            logger.exception("GraphSAGE streaming has ended")
+
+    def shutdown(self) -> None:
+        """Stops, scores what is open, takes the program off. Idempotent; the last values stay readable."""
+        with self._lock:
+            if self._final is not None:
+                return
+            self._stopped.set()
+            if self._thread is not None:
+                self._thread.join()
+            try:
+                if self._agent is not None:
+                    self._agent.stop()
+                    self._agent.join()
+                    if self._scoring is not None and not self._streaming_off:
+                        self._scoring.finish()
+            finally:
+                self._final = self._by_protocol()
+                if self._loader is not None:
+                    with in_namespace(self._netns):
+                        self._loader.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether packets are counted."""
+        if self._final is not None:
+            return False
+        return self._agent.alive if self._agent is not None else self._loader is not None
+
+    def __enter__(self) -> EBPFMonitoring:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.shutdown()
+
+    # ---- what it knows ----
+
+    def get_packet_counters(self) -> dict[str, int]:
+        """Packets by protocol: TCP, UDP, ICMP (ICMPv6 with it), OTHER (what is not IP, or malformed, too).
+
+        Empty where the counter was not asked for.
+        """
+        return {name: packets for name, (packets, _) in self._by_protocol().items()} if self._counting else {}
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Everything, as plain values that json can write.
+
+        interface        its name, and under `interface_state` what the kernel says of it now (None: it is gone)
+        packet_counters  packets by protocol; byte_counters: bytes (Ethernet headers included)
+        program          id, name and mode of the XDP program, and whether the kernel runs it now
+        state            running; xdp_counter and graphsage_streaming: on, by which program, and why not
+        ledger           with streaming: packets seen, in records, in the table, not in flows by reason; closes
+        graphsage        with streaming: readiness of graph and alarms, flows, windows
+        findings         the last of them (OCSF), oldest first, and how many were told
+
+        """
+        with self._lock:
+            by_protocol = self._by_protocol() if self._counting else {}
+            interface = self._interface()
+            return {
+                "interface": self.interface,
+                "interface_state": interface,
+                "packet_counters": {name: packets for name, (packets, _) in by_protocol.items()},
+                "byte_counters": {name: octets for name, (_, octets) in by_protocol.items()},
+                "program": self._program(interface),
+                "state": self._state(),
+                "ledger": self._ledger(),
+                "graphsage": self._graphsage(),
+                "findings": list(self.findings.last),
+                "findings_told": self.findings.told,
+            }
+
+    def export_to_prometheus(self) -> str:
+        """Every metric that is known, in Prometheus' text format, as `flowsage run` serves them."""
+        return generate_latest(self.metrics.registry).decode()
+
+    def _by_protocol(self) -> dict[str, tuple[int, int]]:
+        """Packets and bytes by protocol, whoever counts; once stopped, the last ones."""
+        if self._final is not None:
+            return self._final
+        if self._agent is not None:
+            protocols = self._agent.snapshot(walk=False).protocols
+            return {name: (count.packets, count.bytes) for name, count in protocols.items()}
+        if self._loader is not None and self._program_id:
+            return dict(zip(PROTOCOLS, self._loader.read_counters(self._program_id), strict=True))
+        return dict.fromkeys(PROTOCOLS, (0, 0))
+
+    def _counter_metrics(self) -> Mapping[str, Value]:
+        """What the sensor's metrics say, of the counter."""
+        with self._lock:
+            found = self._by_protocol()
+            return {
+                "flowsage_packets": sum(packets for packets, _ in found.values()),
+                "flowsage_packet_bytes": sum(octets for _, octets in found.values()),
+                "flowsage_protocol_packets": {name: packets for name, (packets, _) in found.items()},
+                "flowsage_protocol_bytes": {name: octets for name, (_, octets) in found.items()},
+                "flowsage_interface_up": {self.interface: float(self.running)},
+            }
+
+    def _interface(self) -> dict[str, Any] | None:
+        with suppress(FlowsageError), in_namespace(self._netns):
+            return asdict(read_interface(self.interface))
+        return None
+
+    def _program(self, interface: dict[str, Any] | None) -> dict[str, Any]:
+        number, name = self._program_id, "xdp_counter"
+        if self._agent is not None:
+            number, name = self._agent.program.program_id, "flow_xdp"
+        attached = bool(interface and number and interface["xdp_program"] == number)
+        return {
+            "id": number,
+            "name": name,
+            "mode": interface["xdp_mode"] if interface and attached else None,
+            "attached": attached,
+        }
+
+    def _state(self) -> dict[str, Any]:
+        by = "flow_xdp" if self._agent is not None else "xdp_counter"
+        return {
+            "running": self.running,
+            "xdp_counter": {
+                "on": self._counting and self.running,
+                "by": by if self._counting else None,
+                "reason": None if self._counting and self.running else "shut down" if self._counting else NOT_ASKED,
+            },
+            "graphsage_streaming": {
+                "on": not self._streaming_off and self.running,
+                "reason": self._streaming_off or (None if self.running else "shut down"),
+            },
+        }
+
+    def _ledger(self) -> dict[str, Any] | None:
+        if self._agent is None:
+            return None
+        ledger = self._agent.snapshot()
+        return {
+            "packets": ledger.seen.packets,
+            "in_records": ledger.drained.packets,
+            "in_ring": ledger.in_ring.packets,
+            "in_table": ledger.in_table.packets,
+            "not_in_flows": {reason: count.packets for reason, count in ledger.reasons.items()},
+            "records": ledger.records_drained,
+            "records_lost": ledger.records_lost,
+            "closes": ledger.closes,
+        }
+
+    def _graphsage(self) -> dict[str, Any] | None:
+        if self._scoring is None:
+            return None
+        scorer = self._scoring.scorer
+        prior, alarms = scorer.detector.prior, scorer.detector.alarms.readiness()
+        return {
+            "graph_ready": prior is not None and prior.waiting is None,
+            "alarms_ready": alarms.ready,
+            "standing": scorer.standing(),
+            "flows": scorer.counters.consumed,
+            "windows": scorer.counters.windows,
+        }
+
+
+def missing_model(settings: Settings) -> str:
+    """Why GraphSAGE cannot run here, "" where it can. Imports it, which takes a second or two."""
+    if settings.model.prior == "none":
+        return "model.prior is none in the configuration"
+    try:
+        import torch  # noqa: F401
+
+        import flowsage.pipelines.scorer  # noqa: F401
+    except ImportError as error:
+        what = f"{error.name} is not installed" if error.name else str(error)
+        return f"{what}; `pip install 'flowsage[model]'` adds it"
+    return ""
+
+
+def create_ebpf_monitoring(
+    interface: str,
+    enable_xdp_counter: bool = True,
+    enable_graphsage_streaming: bool = True,
+    *,
+    settings: Settings | None = None,
+    netns: str | None = None,
+) -> EBPFMonitoring:
+    """Watches `interface` until `shutdown`; see EBPFMonitoring. `settings`: default, those of file and environment."""
+    return EBPFMonitoring(
+        interface,
+        enable_xdp_counter=enable_xdp_counter,
+        enable_graphsage_streaming=enable_graphsage_streaming,
+        settings=settings,
+        netns=netns,
+    )
