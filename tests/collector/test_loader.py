@@ -69,11 +69,10 @@ def wire(pair: VethPair) -> Iterator[str]:
 @pytest.fixture(params=["libbpf", "bpftool"])
 def loader(request: pytest.FixtureRequest) -> Iterator[EBPFLoader]:
     """One loader of each kind; it must leave no pin behind."""
-    before = set(bpftool.BPFFS.iterdir())
     with create_ebpf_loader(request.param) as made:
         assert made.backend == request.param
         yield made
-    assert set(bpftool.BPFFS.iterdir()) <= before
+    assert list(bpftool.BPFFS.glob(f"flowsage-load-{os.getpid()}-*")) == []
 
 
 def test_a_program_lives_from_load_to_unload(loader: EBPFLoader) -> None:
