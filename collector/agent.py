@@ -23,7 +23,7 @@ from flowsage.collector.handover import Handover
 from flowsage.collector.interface import in_namespace
 from flowsage.collector.ledger import Ledger, Snapshot
 from flowsage.collector.lifetime import Lifetime
-from flowsage.collector.program import FlowProgram, FlowSettings, Loader
+from flowsage.collector.program import OBJECT, FlowProgram, FlowSettings, Loader
 from flowsage.collector.publish import PublishCounts, Sink
 from flowsage.collector.watch import Watch
 from flowsage.collector.xdp import EBPFAttachMode
@@ -52,6 +52,7 @@ class AgentSettings:
     replace           put our program in the place of one that somebody else attached
     egress            what leaves the interfaces is counted too (Linux 6.6)
     loader            "libbpf": the object that is shipped; "bcc": compiled here; "auto": what is shipped, if there is
+    program           the object that is loaded
     pins              where on bpffs programs and maps outlive the process, in a directory for each sensor; None: not
     table_entries     flows in the kernel's table; 256 bytes each, preallocated
     ring_bytes        the ring between kernel and agent, a power of two; 256 bytes a record
@@ -70,6 +71,7 @@ class AgentSettings:
     replace: bool = False
     egress: bool = False
     loader: Loader = "auto"
+    program: Path = OBJECT
     pins: Path | None = None
     table_entries: int = 262_144
     ring_bytes: int = 32 << 20
@@ -113,7 +115,9 @@ class Agent:
         self.settings = settings
         self.sink = sink
         self.clock = clock or UnixClock()
-        self.lifetime = Lifetime(settings.name, settings.flow_settings(), settings.pins, loader=settings.loader)
+        self.lifetime = Lifetime(
+            settings.name, settings.flow_settings(), settings.pins, path=settings.program, loader=settings.loader
+        )
         self.ledger = Ledger(self.lifetime.program)
         self.incomplete_sweeps = 0
         self._watch = Watch(

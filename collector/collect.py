@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from flowsage.collector import privileges
 from flowsage.collector.agent import Agent, AgentSettings
+from flowsage.collector.errors import UsageError
+from flowsage.collector.interface import enter_namespace
 from flowsage.collector.ledger import Snapshot
 from flowsage.collector.output import LinesOutput, OutputClosedError
 from flowsage.collector.parquet import ParquetOutput
@@ -43,12 +47,15 @@ def collect(
     *,
     rotate_bytes: int = 256 << 20,
     rotate_s: float = 300.0,
+    drop_privileges: bool = False,
     on_ready: Callable[[Agent], None] | None = None,
 ) -> Snapshot:
-    """Watch `settings.interfaces` until a signal; records go to `output`: a directory, "-" for lines on stdout, or a sink.
+    """Watch `settings.interfaces` until a signal; records go to `output`: a directory, "-" for lines, or a sink.
 
     At the end the table is flushed (end reason: forced end), nothing stays attached, and the final ledger is returned.
-    `on_ready` is called once packets are counted. Raises the errors of `Agent.open` and of the outputs.
+    Killed, a sensor that pins (`settings.pins`) goes on in the kernel until this is called again; see Agent.
+    `on_ready` is called once packets are counted. `drop_privileges`: from then on the calling thread has no capability
+    (and stays in the sensor's network namespace). Raises the errors of `Agent.open` and of the outputs.
     """
     if isinstance(output, Sink):
         sink = output
@@ -58,7 +65,11 @@ def collect(
         sink = ParquetOutput(output, sensor=settings.name, rotate_bytes=rotate_bytes, rotate_s=rotate_s)
     agent = Agent(settings, sink)
     with stopped_by_signals(agent.stop):
+        if drop_privileges and settings.netns is not None:
+            enter_namespace(settings.netns)
         agent.open()
+        if drop_privileges:
+            _drop_privileges(agent, sink)
         if on_ready is not None:
             on_ready(agent)
         try:
@@ -66,6 +77,18 @@ def collect(
         except OutputClosedError:
             # `flowsage collect | head`: nothing is wrong.
             return agent.snapshot()
+
+
+def _drop_privileges(agent: Agent, sink: Sink) -> None:
+    kept = privileges.drop(agent.snapshot)
+    logger.info("capabilities are given up%s", " but for CAP_BPF, which this kernel asks for" if kept else "")
+    directory = getattr(sink, "directory", None)
+    if directory is not None and not os.access(directory, os.W_OK | os.X_OK):
+        agent.close()
+        raise UsageError(
+            f"the output directory {directory} cannot be written to once privileges are given up: make it "
+            f"{pwd.getpwuid(os.geteuid()).pw_name}'s, or keep them (--keep-privileges)"
+        )
 
 
 def summary(ledger: Snapshot) -> str:
