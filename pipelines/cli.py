@@ -62,9 +62,12 @@ def sensor_options(command: F) -> F:
     """What concerns the kernel program."""
     for option in (
         click.option("-i", "--interface", "interfaces", multiple=True, help="interface to watch; repeat for several"),
-        click.option("--mode", type=click.Choice(["auto", "drv", "skb"]), help="XDP mode"),
+        click.option("--mode", type=click.Choice(["auto", "drv", "skb", "hw"]), help="XDP mode"),
         click.option("--mirror", is_flag=True, default=None, help="drop packets once counted (the port only mirrors)"),
         click.option("--replace", is_flag=True, default=None, help="replace somebody else's XDP program"),
+        click.option("--egress", is_flag=True, default=None, help="count what leaves the interfaces too"),
+        click.option("--dedupe", is_flag=True, default=None, help="count a packet that several interfaces see once"),
+        click.option("--loader", type=click.Choice(["auto", "libbpf", "bcc"]), help="the shipped program, or compile it"),
     ):
         command = option(command)
     return command
@@ -105,8 +108,9 @@ def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] |
     path, check, show = options.pop("config"), options.pop("check_config"), options.pop("show_config")
     prior = "none" if options.get("no_graph") else None
     flags: dict[str, dict[str, Any]] = {
-        "sensor": {k: options.get(k) for k in ("mode", "mirror", "replace")}
-        | {"interfaces": options.get("interfaces") or None},
+        "sensor": {k: options.get(k) for k in ("mode", "mirror", "replace", "egress", "dedupe", "loader", "name")}
+        | {"interfaces": options.get("interfaces") or None, "pins": "" if options.get("no_pin") else None}
+        | {"keep_privileges": options.get("keep_privileges")},
         "windows": {k: options.get(k) for k in ("window", "pane")},
         "model": {k: options.get(k) for k in ("undirected", "seed")}
         | {"prior": prior, "directory": str(options["directory"]) if options.get("directory") else None},

@@ -83,13 +83,22 @@ class SensorSettings(_Section):
 
     name: str = Field(default_factory=socket.gethostname, description="sensor's name: key of its flow batches")
     interfaces: Names = Field((), description="interfaces to watch; they share one flow table")
-    mode: Literal["auto", "drv", "skb"] = Field(
+    mode: Literal["auto", "drv", "skb", "hw"] = Field(
         "auto", description="XDP mode; auto falls back from drv to skb and says so"
     )
     mirror: bool = Field(False, description="the interface only mirrors traffic: drop packets once they are counted")
     replace: bool = Field(False, description="replace an XDP program that somebody else attached")
+    egress: bool = Field(False, description="count what leaves the interfaces too (Linux 6.6)")
+    dedupe: bool = Field(False, description="count a packet that several of the interfaces see once")
+    loader: Literal["auto", "libbpf", "bcc"] = Field(
+        "auto", description="libbpf: the program that is shipped; bcc: compiled here; auto: what is shipped, if it is there"
+    )
+    pins: str = Field(
+        "/sys/fs/bpf/flowsage", description='where `collect` pins on bpffs, so that it can be killed; "": nowhere'
+    )
+    keep_privileges: bool = Field(False, description="do not give up capabilities once everything is attached")
     table_entries: int = Field(262_144, gt=0, description="flows in the kernel's table")
-    ring_bytes: Size = Field(64 * 2**20, description="ring buffer, a power of two")
+    ring_bytes: Size = Field(32 * 2**20, description="ring buffer, a power of two")
     idle_timeout: Duration = Field(15 * SECOND, description="a flow that is silent for so long has ended")
     active_timeout: Duration = Field(60 * SECOND, description="a flow that goes on is reported at least so often")
     half_open_timeout: Duration = Field(5 * SECOND, description="a SYN without SYN-ACK is given up after")
