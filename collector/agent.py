@@ -51,6 +51,7 @@ class AgentSettings:
     mirror            the interfaces carry copies of traffic: drop packets once they are counted
     replace           put our program in the place of one that somebody else attached
     egress            what leaves the interfaces is counted too (Linux 6.6)
+    dedupe            a packet that several of the interfaces see is counted once
     loader            "libbpf": the object that is shipped; "bcc": compiled here; "auto": what is shipped, if there is
     program           the object that is loaded
     pins              where on bpffs programs and maps outlive the process, in a directory for each sensor; None: not
@@ -70,6 +71,7 @@ class AgentSettings:
     mirror: bool = False
     replace: bool = False
     egress: bool = False
+    dedupe: bool = False
     loader: Loader = "auto"
     program: Path = OBJECT
     pins: Path | None = None
@@ -95,6 +97,7 @@ class AgentSettings:
             linger_ns=self.linger,
             wake_bytes=self.ring_bytes // 2,
             mirror=self.mirror,
+            dedupe=self.dedupe,
         )
 
 

@@ -70,6 +70,7 @@ def collect(
         agent.open()
         if drop_privileges:
             _drop_privileges(agent, sink)
+        sink.start()
         if on_ready is not None:
             on_ready(agent)
         try:

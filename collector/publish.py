@@ -16,7 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import pyarrow as pa
 
@@ -122,6 +122,10 @@ class Sink(ABC):
         """Number of the last batch of `boot` that this sink took in any process; None: it has none, or cannot tell."""
         del boot
         return None
+
+    def start(self) -> Self:
+        """The sensor is attached and has given up its privileges: threads are started here."""
+        return self
 
     def close(self) -> None:  # noqa: B027
         """Nothing follows."""

@@ -67,7 +67,7 @@ def sensor_options(command: F) -> F:
         click.option("--replace", is_flag=True, default=None, help="replace somebody else's XDP program"),
         click.option("--egress", is_flag=True, default=None, help="count what leaves the interfaces too"),
         click.option("--dedupe", is_flag=True, default=None, help="count a packet that several interfaces see once"),
-        click.option("--loader", type=click.Choice(["auto", "libbpf", "bcc"]), help="the shipped program, or compile it"),
+        click.option("--loader", type=click.Choice(["auto", "libbpf", "bcc"]), help="shipped program, or compiled"),
     ):
         command = option(command)
     return command
@@ -183,9 +183,18 @@ def run(**options: Any) -> None:
 @config_options
 @click.option("-o", "--output", default="-", help="a folder for Parquet files, or - for readable lines")
 @click.option("--duration", type=float, help="stop after so many seconds")
+@click.option("--name", help="of the sensor (default: the host's)")
+@click.option("--no-pin", is_flag=True, help="the program ends with this process; otherwise it survives a kill")
+@click.option("--keep-privileges", is_flag=True, default=None, help="do not give up capabilities after attaching")
+@click.option("--detach", is_flag=True, help="remove what the sensor has in the kernel, or all on --interface, and stop")
 def collect(**options: Any) -> None:
     """Only the sensor: write flow records. No model, no torch."""
     settings = settings_from(options)
+    if options["detach"]:
+        from flowsage.pipelines.sensor import detach
+
+        detach(settings, options["interfaces"])
+        return
     if not settings.sensor.interfaces:
         raise UsageError("name an interface to watch: --interface IF")
     from flowsage.pipelines.sensor import run_collect

@@ -91,7 +91,7 @@ class SensorSettings(_Section):
     egress: bool = Field(False, description="count what leaves the interfaces too (Linux 6.6)")
     dedupe: bool = Field(False, description="count a packet that several of the interfaces see once")
     loader: Literal["auto", "libbpf", "bcc"] = Field(
-        "auto", description="libbpf: the program that is shipped; bcc: compiled here; auto: what is shipped, if it is there"
+        "auto", description="libbpf: the program that is shipped; bcc: compiled here; auto: shipped, where it is there"
     )
     pins: str = Field(
         "/sys/fs/bpf/flowsage", description='where `collect` pins on bpffs, so that it can be killed; "": nowhere'

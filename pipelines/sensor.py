@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import click
 
@@ -22,6 +24,9 @@ def agent_settings(settings: Settings, *, interfaces: tuple[str, ...] = (), netn
         mode=s.mode,
         mirror=s.mirror,
         replace=s.replace,
+        egress=s.egress,
+        dedupe=s.dedupe,
+        loader=s.loader,
         table_entries=s.table_entries,
         ring_bytes=s.ring_bytes,
         idle_timeout=s.idle_timeout,
@@ -31,6 +36,27 @@ def agent_settings(settings: Settings, *, interfaces: tuple[str, ...] = (), netn
         sweep_interval=s.sweep_interval,
         poll_interval=s.poll_interval,
     )
+
+
+def collector_settings(settings: Settings) -> AgentSettings:
+    """The same for a process that may be killed: what it has in the kernel is pinned."""
+    pins = settings.sensor.pins
+    return replace(agent_settings(settings), pins=Path(pins) if pins else None)
+
+
+def detach(settings: Settings, interfaces: tuple[str, ...]) -> None:
+    """Take the sensor out of the kernel, or whatever sensors are on `interfaces`, and say what that was."""
+    from flowsage.collector.pins import ROOT
+    from flowsage.collector.removal import remove_from, remove_sensor
+
+    root = Path(settings.sensor.pins or ROOT)
+    one = None if interfaces else remove_sensor(settings.sensor.name, root)
+    removed = remove_from(interfaces, root) if interfaces else [one] if one else []
+    for each in removed:
+        click.echo(str(each), err=True)
+    if not removed:
+        what = f"on {', '.join(interfaces)}" if interfaces else f"of sensor {settings.sensor.name}"
+        click.echo(f"nothing {what} is pinned under {root}", err=True)
 
 
 def flow_settings(settings: Settings) -> FlowSettings:
@@ -56,4 +82,4 @@ def run_collect(settings: Settings, *, output: str, duration_s: float | None) ->
             timer.daemon = True
             timer.start()
 
-    click.echo(summary(collect(agent_settings(settings), output, on_ready=ready)), err=True)
+    click.echo(summary(collect(collector_settings(settings), output, drop_privileges=not settings.sensor.keep_privileges, on_ready=ready)), err=True)
