@@ -233,7 +233,7 @@ class Agent:
     def stop(self) -> None:
         """Ask it to end. Safe in a signal handler: it takes no lock."""
         self._stopping = True
-        with suppress(BlockingIOError, OSError):
+        with suppress(OSError, ValueError):  # ValueError: it has ended already
             os.eventfd_write(self._stop_fd, 1)
 
     def join(self) -> Snapshot:

@@ -123,10 +123,12 @@ def attach(program_fd: int, interface: str, mode: EBPFAttachMode, *, replace: bo
         fd = libbpf.xdp_link(program_fd, ifindex, _FLAGS[candidate])
         if fd >= 0:
             attachment = Attachment(interface, ifindex, candidate, program_id, fd)
-            if not attachment.present():
+            there = attached_program(interface)
+            if there != (candidate.value, program_id):
                 attachment.detach()
+                shown = f"program {there[1]} in mode {there[0]}" if there else "no program"
                 raise AttachmentError(
-                    f"the kernel does not show program {program_id} on {interface} after attaching it"
+                    f"{interface} should run program {program_id} in mode {candidate}, and the kernel shows {shown}"
                 )
             return attachment
         if -fd in _UNSUPPORTED and candidate is not modes[-1]:

@@ -174,7 +174,10 @@ class EBPFMonitoring:
                     if self._scoring is not None and not self._streaming_off:
                         self._scoring.finish()
             finally:
-                self._final = self._by_protocol()
+                final = dict.fromkeys(PROTOCOLS, (0, 0))
+                with suppress(FlowsageError):
+                    final = self._by_protocol()
+                self._final = final
                 if self._loader is not None:
                     with in_namespace(self._netns):
                         self._loader.close()
@@ -275,17 +278,13 @@ class EBPFMonitoring:
 
     def _state(self) -> dict[str, Any]:
         by = "flow_xdp" if self._agent is not None else "xdp_counter"
+        ended = "" if self.running else "shut down" if self._final is not None else "the sensor has ended: see the log"
+        counter = ended if self._counting else NOT_ASKED
+        streaming = self._streaming_off or ended
         return {
-            "running": self.running,
-            "xdp_counter": {
-                "on": self._counting and self.running,
-                "by": by if self._counting else None,
-                "reason": None if self._counting and self.running else "shut down" if self._counting else NOT_ASKED,
-            },
-            "graphsage_streaming": {
-                "on": not self._streaming_off and self.running,
-                "reason": self._streaming_off or (None if self.running else "shut down"),
-            },
+            "running": not ended,
+            "xdp_counter": {"on": not counter, "by": by if self._counting else None, "reason": counter or None},
+            "graphsage_streaming": {"on": not streaming, "reason": streaming or None},
         }
 
     def _ledger(self) -> dict[str, Any] | None:

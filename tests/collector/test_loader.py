@@ -18,7 +18,7 @@ from scapy.layers.inet import ICMP, IP
 from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6
 from scapy.layers.l2 import ARP, Ether
 
-from flowsage.collector import EBPFAttachMode, EBPFLoader, EBPFProgramType, bpftool, create_ebpf_loader, libbpf
+from flowsage.collector import EBPFAttachMode, EBPFLoader, EBPFProgramType, bpftool, create_ebpf_loader, libbpf, xdp
 from flowsage.collector.errors import (
     AttachmentError,
     AttachModeError,
@@ -105,6 +105,36 @@ def test_attach_and_detach_are_what_the_kernel_says(loader: EBPFLoader, wire: st
     assert loader.verify_program_detached(program_id)
     with pytest.raises(AttachmentError, match="not attached"):
         loader.detach_from_interface(program_id, wire)
+
+
+@pytest.mark.parametrize(("shown", "words"), [(None, "no program"), (("skb", 7), "program 7 in mode skb")])
+def test_what_the_kernel_does_not_show_after_attaching_is_an_error_and_taken_off(
+    wire: str, monkeypatch: pytest.MonkeyPatch, shown: tuple[str, int] | None, words: str
+) -> None:
+    answers = iter([None, shown])
+    with create_ebpf_loader() as loader:
+        program_id = loader.load_program(COUNTER)
+        with monkeypatch.context() as patch:
+            patch.setattr(xdp, "attached_program", lambda _: next(answers))
+            with pytest.raises(
+                AttachmentError, match=f"program {program_id} in mode drv, and the kernel shows {words}"
+            ):
+                loader.attach_to_interface(program_id, wire)
+        assert attached_program(wire) is None
+        assert loader.verify_program_detached(program_id)
+        loader.attach_to_interface(program_id, wire)
+
+
+def test_a_program_that_stays_after_detaching_is_an_error(wire: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with create_ebpf_loader() as loader:
+        program_id = loader.load_program(COUNTER)
+        link = os.dup(loader.attach_to_interface(program_id, wire).link_fd)  # somebody else holds the link
+        with monkeypatch.context() as patch:
+            patch.setattr(libbpf, "link_detach", lambda _: None)
+            with pytest.raises(AttachmentError, match=f"{program_id} is still attached to {wire}"):
+                loader.detach_from_interface(program_id, wire)
+        assert not loader.verify_program_detached(program_id)
+        os.close(link)
 
 
 def test_a_card_that_runs_no_programs_is_a_clear_refusal(loader: EBPFLoader, wire: str) -> None:

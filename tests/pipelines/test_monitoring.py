@@ -197,6 +197,27 @@ def test_scoring_that_fails_is_told_and_packets_are_counted_on(pair: VethPair, m
     assert on_the_interface(pair) is None
 
 
+def test_a_sensor_that_fails_is_told_with_its_last_counts_and_leaves_nothing(pair: VethPair) -> None:
+    monitoring = watch(pair)
+    send(pair, FRAMES)
+    eventually(lambda: monitoring.get_packet_counters() == PACKETS)
+
+    def broken() -> int:
+        raise RuntimeError("the ring is gone")
+
+    assert monitoring._agent is not None
+    monitoring._agent.step = broken  # type: ignore[method-assign]
+    eventually(lambda: not monitoring.running)
+    metrics = monitoring.get_metrics()
+    assert metrics["state"]["xdp_counter"]["reason"] == "the sensor has ended: see the log"
+    assert metrics["state"]["graphsage_streaming"]["on"] is False
+    assert metrics["packet_counters"] == PACKETS
+    assert on_the_interface(pair) is None
+    with pytest.raises(RuntimeError, match="the ring is gone"):
+        monitoring.shutdown()
+    assert monitoring.get_packet_counters() == PACKETS
+
+
 SCRIPT = """
 import json, sys
 from flowsage.pipelines import create_ebpf_monitoring
@@ -283,7 +304,8 @@ def test_an_interface_that_goes_away_is_told_and_its_counts_stay() -> None:
 
 
 def test_the_public_names_are_these_and_importing_them_brings_no_torch() -> None:
-    assert flowsage.pipelines.__all__ == ["EBPFMonitoring", "Settings", "create_ebpf_monitoring"]
+    names = "DetectionFinding EBPFMonitoring Settings Subscription create_ebpf_monitoring subscribe"
+    assert flowsage.pipelines.__all__ == names.split()
     assert all(getattr(flowsage.pipelines, name) for name in flowsage.pipelines.__all__)
     assert not hasattr(flowsage.pipelines, "create_everything")
     code = (
