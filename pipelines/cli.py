@@ -186,7 +186,7 @@ def run(**options: Any) -> None:
 @click.option("--name", help="of the sensor (default: the host's)")
 @click.option("--no-pin", is_flag=True, help="the program ends with this process; otherwise it survives a kill")
 @click.option("--keep-privileges", is_flag=True, default=None, help="do not give up capabilities after attaching")
-@click.option("--detach", is_flag=True, help="remove what the sensor has in the kernel, or all on --interface, and stop")
+@click.option("--detach", is_flag=True, help="remove what is in the kernel of this sensor, or of any on --interface")
 def collect(**options: Any) -> None:
     """Only the sensor: write flow records. No model, no torch."""
     settings = settings_from(options)
