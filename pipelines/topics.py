@@ -89,7 +89,8 @@ def topics(
                 "cleanup.policy": "compact,delete",
                 "min.compaction.lag.ms": str(min(30 * DAY_MS, findings_retention_ms)),
                 "retention.ms": str(findings_retention_ms),
-                "compression.type": "zstd",
+                # What every client can read; kafka-python needs more for zstd.
+                "compression.type": "gzip",
             },
         ),
         Topic(
@@ -133,12 +134,11 @@ class Report:
 def _admin(settings: KafkaSettings, timeout_s: float) -> Iterator[KafkaAdminClient]:
     from kafka import KafkaAdminClient
 
-    from flowsage.pipelines.kafka import translating
+    from flowsage.pipelines.kafka import connect, translating
 
-    with translating(f"cannot look after topics at {', '.join(settings.bootstrap_servers)}"):
-        client = settings.client() | {"bootstrap_timeout_ms": int(timeout_s * 1000)}
-        with KafkaAdminClient(**client) as admin:
-            yield admin
+    client = settings.client() | {"bootstrap_timeout_ms": int(timeout_s * 1000)}
+    with translating("cannot look after the topics"), connect(KafkaAdminClient, client) as admin:
+        yield admin
 
 
 def look_after(
