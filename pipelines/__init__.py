@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flowsage.pipelines.config import Settings
     from flowsage.pipelines.monitoring import EBPFMonitoring, create_ebpf_monitoring
+    from flowsage.pipelines.subscription import DetectionFinding, Subscription, subscribe
 
-__all__ = ["EBPFMonitoring", "Settings", "create_ebpf_monitoring"]
+__all__ = ["DetectionFinding", "EBPFMonitoring", "Settings", "Subscription", "create_ebpf_monitoring", "subscribe"]
 
-_MODULE_OF = {"EBPFMonitoring": "monitoring", "Settings": "config", "create_ebpf_monitoring": "monitoring"}
+_MODULE_OF = {
+    "DetectionFinding": "subscription",
+    "EBPFMonitoring": "monitoring",
+    "Settings": "config",
+    "Subscription": "subscription",
+    "create_ebpf_monitoring": "monitoring",
+    "subscribe": "subscription",
+}
 
 
 def __getattr__(name: str) -> object:

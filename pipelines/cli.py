@@ -26,7 +26,7 @@ LAB_DEFAULTS: dict[str, dict[str, Any]] = {
                "sweep_interval": "0.5s", "name": "lab"},
     "windows": {"window": "6s", "pane": "1s"},
     "model": {"ready_windows": 12, "ready_meetings": 80, "ready_steps": 8},
-    "alarms": {"time_scale": 60, "budget": 50},
+    "alarms": {"time_scale": 60, "budget": 50, "settle": "1h"},
 }  # fmt: skip
 """The lab runs a day in 24 minutes: short timeouts, windows and panes, alarms and graph that are ready in a minute."""
 
@@ -91,7 +91,7 @@ def model_options(command: F) -> F:
 def kafka_options(command: F) -> F:
     """Where Kafka is; everything else about it is configuration."""
     for option in (
-        click.option("--bootstrap", metavar="HOST:PORT", help="Kafka brokers, comma-separated"),
+        click.option("--kafka", metavar="HOST:PORT", help="Kafka brokers, comma-separated"),
         click.option("--prefix", help="what the topics' names begin with"),
     ):
         command = option(command)
@@ -115,7 +115,8 @@ def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] |
         "model": {k: options.get(k) for k in ("undirected", "seed")}
         | {"prior": prior, "directory": str(options["directory"]) if options.get("directory") else None},
         "alarms": {"budget": options.get("budget")},
-        "kafka": {"bootstrap_servers": options.get("bootstrap"), "prefix": options.get("prefix")},
+        "kafka": {"bootstrap_servers": options.get("kafka"), "prefix": options.get("prefix")},
+        "score": {"state": options.get("state")},
         "metrics": {"port": options.get("metrics_port"), "enabled": False if options.get("no_metrics") else None},
     }
     settings = load(
@@ -180,15 +181,16 @@ def run(**options: Any) -> None:
 
 @main.command()
 @sensor_options
+@kafka_options
 @config_options
-@click.option("-o", "--output", default="-", help="a folder for Parquet files, or - for readable lines")
+@click.option("-o", "--output", help="a folder for Parquet files, or - for lines (default: Kafka, if named, else -)")
 @click.option("--duration", type=float, help="stop after so many seconds")
 @click.option("--name", help="of the sensor (default: the host's)")
 @click.option("--no-pin", is_flag=True, help="the program ends with this process; otherwise it survives a kill")
 @click.option("--keep-privileges", is_flag=True, default=None, help="do not give up capabilities after attaching")
 @click.option("--detach", is_flag=True, help="remove what is in the kernel of this sensor, or of any on --interface")
 def collect(**options: Any) -> None:
-    """Only the sensor: write flow records. No model, no torch."""
+    """Only the sensor: flow records to Kafka, to files or to the terminal. No model, no torch."""
     settings = settings_from(options)
     if options["detach"]:
         from flowsage.pipelines.sensor import detach
@@ -306,7 +308,7 @@ def topics(**options: Any) -> None:
     """Look after the topics in Kafka: make them, and say what is not as it should be."""
     settings = settings_from(options).kafka
     if not settings.bootstrap_servers:
-        raise UsageError("name a broker: --bootstrap HOST:PORT, or kafka.bootstrap_servers in the configuration")
+        raise UsageError("name a broker: --kafka HOST:PORT, or kafka.bootstrap_servers in the configuration")
     from flowsage.pipelines.topics import look_after
     from flowsage.pipelines.topics import topics as wanted
 
@@ -314,6 +316,47 @@ def topics(**options: Any) -> None:
     create = options["create"] and not options["dry_run"]
     for report in look_after(settings, plan, create=create, timeout_s=options["timeout"]):
         click.echo(str(report))
+
+
+@main.command()
+@kafka_options
+@model_options
+@config_options
+@click.option("--state", help="folder or URL (s3://bucket/path) where what was learnt is kept, for whoever goes on")
+@click.option("--duration", type=float, help="stop after so many seconds")
+@click.option("--metrics-port", type=int, help="port of /metrics (default 9436)")
+@click.option("--no-metrics", is_flag=True, help="without the HTTP endpoint")
+def score(**options: Any) -> None:
+    """Flows from Kafka in, findings to Kafka out. Start as many as there are sites: they share the partitions."""
+    settings = settings_from(options)
+    _need_kafka(settings)
+    from flowsage.pipelines.score import run_score
+
+    run_score(settings, duration_s=options["duration"])
+
+
+@main.command()
+@kafka_options
+@config_options
+@click.option("--json", "as_json", is_flag=True, help="JSON lines (OCSF), as published")
+@click.option("-e", "--evidence", is_flag=True, help="with the flows that made each finding")
+@click.option("--severity", default="unknown", help="the least to show: low, medium, high, critical")
+@click.option("--host", help="only findings that name this address or one of this network")
+@click.option("--since", help="begin with what was published then: 2h (ago), 2026-11-24T12:00, earliest; default now")
+@click.option("--no-follow", is_flag=True, help="stop when all that is there is shown")
+def watch(**options: Any) -> None:
+    """Findings from Kafka as they come, a line each."""
+    settings = settings_from(options)
+    _need_kafka(settings)
+    from flowsage.pipelines.watch import watch as watch_findings
+
+    names = ("as_json", "evidence", "severity", "host", "since")
+    watch_findings(settings, follow=not options["no_follow"], **{k: options[k] for k in names})
+
+
+def _need_kafka(settings: Settings) -> None:
+    if not settings.kafka.bootstrap_servers:
+        raise UsageError("name a broker: --kafka HOST:PORT, or kafka.bootstrap_servers in the configuration")
 
 
 @main.command()

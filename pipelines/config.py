@@ -157,6 +157,10 @@ class AlarmSettings(_Section):
     block: Duration = Field(
         900 * SECOND, description="calibration counts hosts in blocks of this length (divided by time_scale)"
     )
+    settle: Duration = Field(
+        86_400 * SECOND,
+        description="how long the budget grows, since a first day is full of first times (divided by time_scale)",
+    )
     time_scale: float = Field(1.0, ge=1, description="how much faster than life the network runs (the lab: 60)")
     internal: Names = Field((), description="networks that are ours; default: private and link-local addresses")
 
@@ -216,6 +220,9 @@ class ScoreSettings(_Section):
     """`flowsage score`: what it leaves behind for whoever goes on."""
 
     group: str = Field("flowsage-scorer", min_length=1, description="consumer group; one group scores a topic once")
+    session_timeout: Duration = Field(
+        10 * SECOND, gt=0, description="a scorer that is silent for so long is dead: others get its partitions"
+    )
     state: str = Field("", description="folder or URL (s3://…) for snapshots of what was learnt; none: it warms up")
     snapshot_interval: Duration = Field(300 * SECOND, description="how often one is written, by the sensors' time")
     snapshot_windows: int = Field(0, ge=0, description="and after every so many windows; 0: by time alone")

@@ -18,13 +18,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
+import click
+
+from flowsage.collector.collect import stopped_by_signals
 from flowsage.collector.errors import ConfigurationError, FencedError, LogError, LogUnavailableError
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.embeddings import embedding_records
 from flowsage.pipelines.findings import to_json
+from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.log import Consumer, Headers, Log, LogRecord, Transaction, Transactor
 from flowsage.pipelines.metrics import Metrics, Value
 from flowsage.pipelines.scorer import scoring_metrics
@@ -38,6 +42,7 @@ POLL = 500
 """Records a poll: a bound on what is decoded before findings are told."""
 COMMIT_S = 1.0
 RETRY_S = 1.0
+PROGRESS_S = 60.0
 DEAD_BYTES = 8 << 20
 """A dead letter keeps so much of a record; what is longer is no batch of ours."""
 
@@ -191,6 +196,7 @@ class Scoring:
                 transactor.close()
                 raise
             self.seats[number] = Seat(site, transactor, warming=warming and not site.caught_up)
+            self._say(f"partition {number}: reading from offset {site.reading_from}")
 
     def _tell_of_warm_up(self, number: int, out: Progress, first: int, end: int) -> None:
         if end <= first:
@@ -374,3 +380,34 @@ def dead_letter(dead: DeadLetter) -> tuple[bytes | None, bytes | None, Headers]:
         headers.append(("dlq_truncated_from", b"%d" % len(value)))
         value = value[:DEAD_BYTES]
     return record.key, value, headers
+
+
+def run_score(settings: Settings, *, duration_s: float | None = None) -> None:
+    """`flowsage score`: until a signal, or for `duration_s`."""
+    started = time.monotonic()
+    log = KafkaLog(settings.kafka, session_timeout_s=settings.score.session_timeout / 1e9)
+    store = SnapshotStore(settings.score.state, keep=settings.score.snapshots) if settings.score.state else None
+    metrics, stopped = Metrics(), threading.Event()
+    with ExitStack() as stack:
+        stack.enter_context(stopped_by_signals(stopped.set))
+        stack.callback(log.close)
+        scoring = Scoring(settings, log, store=store, metrics=metrics, say=_say)
+        stack.callback(scoring.close)
+        metrics.add(scoring.snapshot)
+        if settings.metrics.enabled:
+            metrics.serve(settings.metrics.address, settings.metrics.port)
+            stack.callback(metrics.close)
+            _say(f"metrics on http://{settings.metrics.address}:{settings.metrics.port}/metrics")
+        _say(f"scoring {flows_topic(settings.kafka.prefix)} in group {settings.score.group}; Ctrl-C stops")
+        threading.Thread(target=_progress, args=(scoring, stopped), daemon=True).start()
+        scoring.run(stopped, None if duration_s is None else started + duration_s)
+        stopped.set()
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _progress(scoring: Scoring, stopped: threading.Event) -> None:
+    while not stopped.wait(PROGRESS_S):
+        _say(scoring.standing())
