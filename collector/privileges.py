@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from flowsage.collector.errors import FlowsageError, PrivilegeError
 CAP_BPF = 39
 _VERSION_3 = 0x20080522
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _CLEAR_ALL = 24, 38, 47, 4
+
+logger = logging.getLogger(__name__)
 
 _libc = ct.CDLL(None, use_errno=True)
 
@@ -38,8 +41,19 @@ def held(which: str = "CapEff") -> int:
     return next(int(line.split()[1], 16) for line in lines if line.startswith(f"{which}:"))
 
 
+def without_early_threads() -> None:
+    """NumPy and Arrow start no threads when they are imported: those would keep the privileges of that time.
+
+    To be called before either is imported; what is set already stays.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
+
+
 def drop(works: Callable[[], object]) -> int:
     """The calling thread, and every thread it starts from here on, gives up all capabilities; returns what it keeps.
+
+    A thread that has been started before keeps its own, which is logged: see `without_early_threads`.
 
     `works` does what has to work without them. Where it raises a FlowsageError for the lack of them, CAP_BPF stays.
     Nothing that is executed later gets any back. Raises PrivilegeError where the kernel refuses.
@@ -51,6 +65,9 @@ def drop(works: Callable[[], object]) -> int:
     _libc.prctl(_PR_CAP_AMBIENT, _CLEAR_ALL, 0, 0, 0)
     _set(keep)
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    others = len(os.listdir("/proc/self/task")) - 1
+    if others:
+        logger.warning("%d threads were started before capabilities were given up, and keep theirs", others)
     return keep
 
 

@@ -199,6 +199,9 @@ def collect(**options: Any) -> None:
         return
     if not settings.sensor.interfaces:
         raise UsageError("name an interface to watch: --interface IF")
+    from flowsage.collector.privileges import without_early_threads
+
+    without_early_threads()
     from flowsage.pipelines.sensor import run_collect
 
     run_collect(settings, output=options["output"], duration_s=options["duration"])
