@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,7 +37,11 @@ class _Data(ct.Structure):
 
 def held(which: str = "CapEff") -> int:
     """Capabilities of the calling thread as a mask (bit n: capability n), from /proc/thread-self/status."""
-    lines = Path("/proc/thread-self/status").read_text().splitlines()
+    return _mask(Path("/proc/thread-self"), which)
+
+
+def _mask(task: Path, which: str) -> int:
+    lines = (task / "status").read_text().splitlines()
     return next(int(line.split()[1], 16) for line in lines if line.startswith(f"{which}:"))
 
 
@@ -65,10 +69,15 @@ def drop(works: Callable[[], object]) -> int:
     _libc.prctl(_PR_CAP_AMBIENT, _CLEAR_ALL, 0, 0, 0)
     _set(keep)
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    others = len(os.listdir("/proc/self/task")) - 1
-    if others:
+    if others := sum(mask & ~keep != 0 for mask in _of_all_threads()):
         logger.warning("%d threads were started before capabilities were given up, and keep theirs", others)
     return keep
+
+
+def _of_all_threads() -> Iterator[int]:
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it ends just now
+            yield _mask(task, "CapPrm")
 
 
 def _would_work(works: Callable[[], object]) -> bool:
