@@ -72,10 +72,12 @@ class AlarmConfig:
 
     budget         false findings a day per 100 hosts that open flows
     least_a_day    false findings a day that the smallest network may have
+    settle_ns      how long the budget grows: what is new on the first day may happen every day
     block_ns       step of the calibration; budgets and p-values are per host and block
     time_scale     how much faster than life everything happens: time constants, blocks, ages and gaps are divided by it
                    (a lab in which a day takes 24 minutes has 60)
-    ready_blocks, ready_host_blocks    calibration that must have been seen before anything is raised
+    ready_blocks, ready_host_blocks    calibration that must have been seen before anything is raised; for scans,
+                   guessing and floods a block is enough
     internal       networks whose hosts are ours (names that are no addresses are); None: private addresses
     max_keys       of each kind (hosts, pairs …); those longest unseen are forgotten, counted
     log            contacts remembered as evidence, half of them new or failed ones
@@ -83,6 +85,7 @@ class AlarmConfig:
 
     budget: float = 10.0
     least_a_day: float = 1.0
+    settle_ns: int = 86_400 * 10**9
     block_ns: int = 900 * 10**9
     pane_ns: int = 10 * 10**9
     time_scale: float = 1.0
@@ -115,6 +118,7 @@ class Alarms:
         self._now = -1.0
         self._block = -1
         self._ready_at = -1.0
+        self._open = an.EARLY
         self._active: tuple[list[Array], list[Array]] = ([], [])
         half = max(1, c.log // 2)
         self._log_meta = np.full((2 * half, META), -1, np.int64)
@@ -125,7 +129,7 @@ class Alarms:
         self._fade = np.log(2.0) / (an.WEEK / c.time_scale)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="alarms")
         self.internal = Internal(PRIVATE if c.internal is None else c.internal)
-        self._parameters = self.calibration.parameters()
+        self._parameters, self._floors = self.calibration.parameters(), self.calibration.floors(self.config.budget)
 
     def readiness(self) -> Readiness:
         """Whether alarms are raised yet, and why not."""
@@ -134,7 +138,8 @@ class Alarms:
     @property
     def allowed(self) -> float:
         """The largest p of a host in a block that is raised."""
-        return self.calibration.allowed(self.config.budget, self.config.least_a_day, self._blocks_a_day)
+        c = self.config
+        return self.calibration.allowed(c.budget, c.least_a_day, self._blocks_a_day, c.settle_ns / c.block_ns)
 
     def step(self, now_ns: int, contacts: Contacts, looked: Looked, tails: Array) -> list[Finding]:
         """Findings created, updated or closed by the c contacts that arrived until `now_ns` (ns, the end of the pane).
@@ -142,7 +147,7 @@ class Alarms:
         tails f8[c]: plausibility of first meetings (NaN: not asked, or not ready).
         """
         if self._origin_ns is None:
-            self._origin_ns = (now_ns - 1) // self._block_ns * self._block_ns
+            self._origin_ns = (now_ns - 1) // self.config.pane_ns * self.config.pane_ns
         block = (now_ns - 1) // self._block_ns
         if block > self._block:
             self._roll(block)
@@ -155,8 +160,17 @@ class Alarms:
             self.contacts_seen += len(contacts)
             found, values = self._measure(now, contacts, looked, np.ascontiguousarray(tails, np.float64))
             if len(found):
-                told = self.episodes.offer(now_ns, self._offers(contacts, found, values), self.allowed)
+                offers = self._offers(contacts, found, values)
+                told = self.episodes.offer(now_ns, offers, self.allowed)
+                self._note(self.episodes.begun)
         return told + self.episodes.close(now_ns)
+
+    def _note(self, begun: list[Offer]) -> None:
+        """Findings that have begun count against the p-values of their analytics."""
+        for o in begun:
+            self.calibration.note(o.analytic, o.excess)
+        if begun:
+            self._floors = self.calibration.floors(self.config.budget)
 
     def take_p_values(self, hosts: UInt64) -> Array:
         """The smallest p f8[n] of each host (hashes u64[n]) in any pane since this was last asked; NaN: not ready."""
@@ -178,10 +192,12 @@ class Alarms:
             )  # fmt: skip
             h["causes"][np.concatenate(active)] = 0.0
             self._forget()
+            self.calibration.fade((block - self._block) * self._block_ns / 1e9 / (an.WEEK / self.config.time_scale))
         self._block, self._active = block, ([], [])
-        self._parameters = self.calibration.parameters()
+        self._parameters, self._floors = self.calibration.parameters(), self.calibration.floors(self.config.budget)
         if self._ready_at < 0 and self.readiness().ready:
             self._ready_at = self._now
+        self._open = an.EARLY | (self._ready_at >= 0)
 
     def _forget(self) -> None:
         """Keep to `max_keys`, between blocks when nobody holds a slot but the log."""
@@ -221,7 +237,8 @@ class Alarms:
         known = np.stack((looked.known, looked.pair_known, looked.service_known)) > 0
         counts, sent = np.stack((c.flows, c.answered, c.failed)), c.bytes_fwd - c.bytes_rev
         fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
-        what = service, counts, told, sent, fresh, np.ascontiguousarray(looked.C_ss, np.float64), tails
+        shared, surprise = (np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss))
+        what = service, counts, told, sent, shared, fresh, surprise, tails
 
         def register() -> None:
             sources, targets, news = levels.register(
@@ -236,7 +253,7 @@ class Alarms:
 
         _, strength = self._both(n, register, lambda: self._beats(c, slots, codes, looked))
         scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
-        allowed = self.allowed if self._ready_at >= 0 else -1.0
+        allowed = self.allowed if now >= self._block_ns / 1e9 and self.calibration.blocks >= 1 else -1.0
 
         def judged(part: int, parts: int) -> tuple[Array, Array]:
             touched = np.empty((n * levels.A + n, 3), np.int32)
@@ -249,10 +266,10 @@ class Alarms:
             )
             found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
             count = levels.judge(  # type: ignore[call-arg]
-                touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._tau, self._span,
-                step, *kinds, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE,
-                an.JOINT, h["best"], h["causes"], h["excluded"], h["smallest"], self._fade, now, an.HOUR / scale,
-                an.DAY / scale, QUIET / scale, allowed, found, values,
+                touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._floors,
+                self._tau, self._span, step, *kinds, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON,
+                an.LEARNS, an.LEAST, an.SHARE, an.JOINT, self._open, h["best"], h["causes"], h["excluded"],
+                h["smallest"], self._fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed, found, values,
             )  # fmt: skip
             return found[:count], values[:count]
 
@@ -302,10 +319,9 @@ class Alarms:
         first = np.r_[True, (np.diff(found[:, [4, 0]], axis=0) != 0).any(1)]
         names = self.memory.hosts.arrays["name"]
         offers = []
-        for (a, row, contact, _, host), (_, x, record, p) in zip(found[first], values[first], strict=True):
-            offers.append(
-                Offer(str(names[host]), int(a), float(p), self._why(c, int(a), int(row), int(contact), x, record))
-            )
+        for (a, row, contact, _, host), (excess, x, record, p) in zip(found[first], values[first], strict=True):
+            why = self._why(c, int(a), int(row), int(contact), x, record)
+            offers.append(Offer(str(names[host]), int(a), float(p), why, float(excess)))
         return offers
 
     def _why(self, c: Contacts, a: int, row: int, contact: int, x: float, record: float) -> Any:
@@ -404,5 +420,6 @@ class Alarms:
         alarms._ready_at, alarms.steps, alarms.contacts_seen = (
             values[k] for k in ("ready_at", "steps", "contacts_seen")
         )
-        alarms._parameters = alarms.calibration.parameters()
+        alarms._open = an.EARLY | (alarms._ready_at >= 0)
+        alarms._parameters, alarms._floors = alarms.calibration.parameters(), alarms.calibration.floors(config.budget)
         return alarms

@@ -129,11 +129,13 @@ IS_TARGET = np.array([a.role == "target" for a in TABLE])
 TAU = np.array([a.tau for a in TABLE])
 COLUMN = np.array([sum(b.kind == a.kind for b in TABLE[:i]) for i, a in enumerate(TABLE)], np.int64)
 """Position of an analytic among those of its kind."""
-SHARE = np.array([{"beacon": 0.25, "sweep": 0.15, "exfil": 0.15, "fail": 0.15}.get(a.name, 0.075) for a in TABLE])
+SHARE = np.array([{"beacon": 0.2, "sweep": 0.15, "exfil": 0.15, "fail": 0.15}.get(a.name, 0.075) for a in TABLE])
 """Share of an analytic in the budget: p of a host is the smallest p / share (weighted Bonferroni, Genovese 2006, with
 ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
 minute, so a beat and a slow scan (of one service, or of many) need larger shares, and the others hardly miss them. So
 does an upload: bytes have the heaviest tail of all."""
+EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan-in" for a in TABLE])
+"""Raised after the first block: no habit is needed to tell them."""
 LEARNS = np.array([a.learns for a in TABLE])
 LEAST = np.array([a.least if a.tau == 0 else np.log1p(a.least / a.scale) for a in TABLE])
 """x below which nothing is raised."""
@@ -143,6 +145,9 @@ WIDTH = np.array([sum(a.kind == k for a in TABLE) for k in range(4)], np.int64)
 ANSWERED, UNANSWERED = 0.02, 0.1
 """What a new peer counts in a sweep: one that answers, and one that does not where silence is common (UDP, the outside
 web). A refused or unanswered TCP handshake counts 1."""
+
+SHARED_MOST = 10.0
+"""Bytes towards a destination count one over the number of hosts that use it, at least one over this."""
 
 SURPRISE, SURPRISE_MOST = 2.0, 8.0
 """A first use counts by how far its surprise passes the first, at most the second, nats."""
@@ -158,11 +163,25 @@ def _among(port, ports):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def contributions(  # type: ignore[no-untyped-def]
-    service, flows, answered, failed, told, sent, inside, new_pair, new_contact, new_service, surprise, tail, out
+    service,
+    flows,
+    answered,
+    failed,
+    told,
+    sent,
+    sources,
+    inside,
+    new_pair,
+    new_contact,
+    new_service,
+    surprise,
+    tail,
+    out,
 ):
     """What one contact adds to the level of each analytic: out f8[A].
 
-    service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; inside: (source,
+    service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; sources: distinct
+    ones of (target, service); inside: (source,
     target) are internal; new_*: the pair, the contact (source, target, service), the source's use of the service was
     never counted before; surprise: C_ss, nats; tail: plausibility of the first meeting, NaN where not asked.
     """
@@ -170,12 +189,15 @@ def contributions(  # type: ignore[no-untyped-def]
     tcp = (service >> SERVICE_BITS) - 1 == 6
     port = (service & ((1 << SERVICE_BITS) - 1)) - 1
     out[BURST] = flows
-    out[FLOOD] = flows
     out[FAIL] = failed
-    out[FAIL_IN] = failed
     if new_pair:
         out[FAN] = 1.0
-        out[FAN_IN] = 1.0
+    # What our hosts send to the world is a small part of what its hosts receive.
+    if inside[1] or not inside[0]:
+        out[FLOOD] = flows
+        out[FAIL_IN] = failed
+        if new_pair:
+            out[FAN_IN] = 1.0
     if new_contact:
         if answered > 0 or not told:
             out[SWEEP] = ANSWERED
@@ -191,6 +213,7 @@ def contributions(  # type: ignore[no-untyped-def]
     if tcp and _among(port, LOGIN_PORTS):
         out[GUESS] = flows
     if inside[0] and sent > 0:
-        # A burst within the network is a copy; what a host sends outside is judged by what it has sent outside before.
-        out[EXFIL] = 0.0 if inside[1] else sent / BYTES_SCALE
-        out[DRIP] = sent / BYTES_SCALE
+        # What is sent within the network is a copy; what a host sends outside is judged by what it has sent outside
+        # before. Where others send to as well is less of a secret: a cloud, a mail relay.
+        out[EXFIL] = 0.0 if inside[1] else sent / BYTES_SCALE / min(SHARED_MOST, max(1.0, sources))
+        out[DRIP] = out[EXFIL]

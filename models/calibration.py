@@ -34,6 +34,22 @@ N0, A0 = 400.0, 16.0
 WINSOR = 5.0
 """An exceedance counts at most this many mean excesses."""
 
+USUAL = 10.0
+"""Budget from which the smallest network may have its least number of findings a day."""
+
+YOUNG = 0.1
+"""Part of the budget that a sensor's first minutes have."""
+
+TOLERATED = 1.0, 2.0
+"""Findings of an analytic that say nothing against its p-values, since attacks happen: so many at a budget of 1, and so
+many more for each power of ten."""
+
+ALIKE = 1.0
+"""What was raised counts against an excess up to so many nats above its own."""
+
+STEPS, STEP = 96, 0.25
+"""Excesses of what was raised are counted in so many steps of so many nats."""
+
 BRIDGE = 4
 """Exceedances of a host that are at most this many blocks apart are one event."""
 
@@ -114,6 +130,8 @@ class Calibration:
         self.k: F8 = np.zeros((len(TABLE), len(GROUPS)))
         self.e: F8 = np.zeros((len(TABLE), len(GROUPS)))
         self.n: F8 = np.zeros((2, 3))
+        self.raised: F8 = np.zeros((len(TABLE), STEPS))
+        """Findings begun, by analytic and excess; they fade by half a week."""
         self.hosts = 0
         """Host-blocks active in either role."""
         self.blocks = 0
@@ -130,6 +148,25 @@ class Calibration:
         """(rate, shape, scale), each [A, 4], for `tail`."""
         rate = (self.k + self.prior_k) / (self.host_blocks() + N0)
         return rate, A0 + self.k, self.prior_b + self.e
+
+    def note(self, analytic: int, excess: float) -> None:
+        """A finding has begun with this excess."""
+        self.raised[analytic, min(STEPS - 1, int((excess + ALIKE) / STEP))] += 1.0
+
+    def fade(self, weeks: float) -> None:
+        """Time has passed."""
+        self.raised *= 0.5**weeks
+
+    def floors(self, budget: float) -> F8:
+        """The least p [A, STEPS] of an excess in each step: the share of host-blocks in which as much was raised.
+
+        What is raised is left out of k and E, lest attacks become normal. But attacks are rare: an analytic that keeps
+        raising is wrong about what is rare here, and what it raised, beyond `TOLERATED`, is evidence of that.
+        """
+        tolerated = TOLERATED[0] + TOLERATED[1] * max(0.0, np.log10(budget))
+        active = self.n.sum(1)[IS_TARGET.astype(np.int64)] + N0
+        beyond: F8 = np.maximum(0.0, np.cumsum(self.raised[:, ::-1], 1)[:, ::-1] - tolerated)
+        return beyond / active[:, None]
 
     def p_value(self, analytic: int, group: int, excess: float) -> float:
         """p of one excess; 1 up to the threshold u."""
@@ -168,14 +205,17 @@ class Calibration:
             "of calibration seen",
         )
 
-    def allowed(self, budget: float, least: float, blocks_a_day: float) -> float:
+    def allowed(self, budget: float, least: float, blocks_a_day: float, settled: float = 0.0) -> float:
         """Largest p of a host in a block that keeps to `budget` false findings a day per 100 hosts that open flows.
 
-        Hosts that are only spoken to can be named too, so they share that budget. A network may have `least` a day.
+        Hosts that are only spoken to can be named too, so they share that budget. A network may have `least` a day from
+        a budget of `USUAL` on, and in proportion below. What is seen for the first time on the first day may happen
+        every day, so the budget grows until `settled` blocks have been seen.
         """
         both = max(1.0, self.hosts / max(1, self.blocks))
         sources = max(1.0, float(self.n[0].sum()) / max(1, self.blocks))
-        return max(budget / 100.0 * sources, least) / both / blocks_a_day
+        young = max(YOUNG, min(1.0, self.blocks / settled if settled > 0 else 1.0))
+        return young * max(budget / 100.0 * sources, least * min(1.0, budget / USUAL)) / both / blocks_a_day
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """What was learnt, as arrays."""
@@ -183,6 +223,7 @@ class Calibration:
             "k": self.k.copy(),
             "e": self.e.copy(),
             "n": self.n.copy(),
+            "raised": self.raised.copy(),
             "seen": np.array([self.blocks, self.hosts], np.int64),
         }
 
@@ -190,6 +231,6 @@ class Calibration:
     def restore(cls, state: dict[str, npt.NDArray[np.generic]]) -> Calibration:
         """The calibration that `state` describes."""
         c = cls()
-        c.k, c.e, c.n = (np.array(state[name], np.float64) for name in ("k", "e", "n"))
+        c.k, c.e, c.n, c.raised = (np.array(state[name], np.float64) for name in ("k", "e", "n", "raised"))
         c.blocks, c.hosts = (int(v) for v in state["seen"])
         return c

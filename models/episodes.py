@@ -35,12 +35,13 @@ SHARED_BY = 3
 
 @dataclass(frozen=True)
 class Offer:
-    """An alarm of one pane: analytic (index), host, p, and how to find out more when somebody is to be told."""
+    """An alarm of one pane: host, analytic (index), p, excess, and how to find out more when somebody is to be told."""
 
     host: str
     analytic: int
     p: float
     explain: Callable[[], Explained]
+    excess: float = 0.0
 
 
 def _order(o: Offer) -> tuple[bool, float, str, int]:
@@ -97,10 +98,13 @@ class Episodes:
         self.open: list[Episode] = []
         """Oldest first."""
         self.created = self.joined = 0
+        self.begun: list[Offer] = []
+        """The offers of the last pane that became findings of their own."""
 
     def offer(self, now_ns: int, offers: Iterable[Offer], allowed: float) -> list[Finding]:
         """Findings created or updated by alarms `offers` at `now_ns`; `allowed` is the budget's p of a host."""
         told: list[Finding] = []
+        self.begun = []
         for o in sorted(offers, key=_order):
             a = TABLE[o.analytic]
             episode = self._of(o.host, a.role, a.family)
@@ -174,6 +178,7 @@ class Episodes:
         )
         self.open.append(Episode(finding, [a.family], now_ns, now_ns, p, peer=why.peer))
         self.created += 1
+        self.begun.append(o)
         return [finding]
 
     def _merge(self, now_ns: int, keeper: Episode, others: list[Episode]) -> list[Finding]:

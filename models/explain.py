@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph.flows import SERVICE_BITS, service_name
-from flowsage.models.analytics import BEACON, CONTACT, FAN_IN, IS_TARGET, JOINT, PAIR, SERVICE, TABLE
+from flowsage.models.analytics import BEACON, CONTACT, DRIP, EXFIL, FAN_IN, IS_TARGET, JOINT, PAIR, SERVICE, TABLE
 
 Array = npt.NDArray[Any]
 
@@ -187,6 +187,11 @@ def explain(
     direct = a.tau == 0.0
     observed = x if direct else math.expm1(x) * a.scale
     expected = record if direct else math.expm1(record) * a.scale
+    if analytic in (EXFIL, DRIP) and observed > 0:
+        # Levels count less where others send to as well; the log has the bytes. What was expected is told by the same
+        # measure.
+        real = max(observed, float(weight.sum()) * a.scale)
+        observed, expected = real, expected * real / observed
     of, first_row = np.unique(meta[rows, :3], axis=0, return_inverse=True)
     total = np.bincount(first_row.ravel(), weights=weight, minlength=len(of))
     order = np.argsort(-total, kind="stable")[:MOST]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.analytics import BURST, EXFIL, FAMILIES, FLOOD, TABLE, contributions
-from flowsage.models.calibration import THRESHOLD, tail
+from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
 
@@ -93,6 +93,8 @@ def _touch(cells, row, now, tau, span, fade, host_record, host, a, born, step): 
     if at < 0.0:
         cells[row, RECORD] = host_record[host, a]
         return True
+    if 0.0 <= cells[row, HELD] < now:  # what was told is over; what is left of it is not told again
+        cells[row, LEVEL], cells[row, HELD] = 0.0, -1.0
     level = cells[row, LEVEL]
     if cells[row, HELD] < now:
         then, this = span_of(at - born, step, span), span_of(now - born, step, span)
@@ -149,11 +151,27 @@ def register(slots, failed, known, host_born, born, active_block, now, block, fr
 
 @numba.njit(cache=True, nogil=True)
 def remember(  # type: ignore[no-untyped-def]
-    slots, service, counts, told, sent, fresh, surprise, tails, times, inside, now, news, log_inc, log_meta, log_at
+    slots,
+    service,
+    counts,
+    told,
+    sent,
+    sources,
+    fresh,
+    surprise,
+    tails,
+    times,
+    inside,
+    now,
+    news,
+    log_inc,
+    log_meta,
+    log_at,
 ):
     """The contacts into the log, what is new or failed apart from routine, so that routine does not push it out.
 
-    What this very pane would overwrite again is left out: `news` is how many are new or failed.
+    Bytes are logged as they are, however many share the destination (`explain`). What this very pane would overwrite
+    again is left out: `news` is how many are new or failed.
     """
     both, out, half, n = np.zeros(2, np.bool_), np.zeros(log_inc.shape[1]), len(log_meta) // 2, len(service)
     seen = np.zeros(2, np.int64)
@@ -165,7 +183,7 @@ def remember(  # type: ignore[no-untyped-def]
             continue
         source, target = slots[0, i], slots[1, i]
         both[0], both[1] = inside[source], inside[target]
-        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], both,
+        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], 1.0, both,
                       fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], tails[i], out)  # fmt: skip
         at = which * half + log_at[which] % half
         log_at[which] += 1
@@ -177,7 +195,7 @@ def remember(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def raise_levels(  # type: ignore[no-untyped-def]
-    part, parts, slots, service, counts, told, sent, fresh, surprise, tails,
+    part, parts, slots, service, counts, told, sent, sources, fresh, surprise, tails,
     hosts, services, pairs, contacts, host_born, inside, host_record,
     tau, span, step, column, kind, width, is_target, fade, now, touched,
 ):  # fmt: skip
@@ -201,7 +219,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
         if not (mine or theirs):
             continue
         both[0], both[1] = inside[source], inside[target]
-        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], both,
+        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], sources[i], both,
                       fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], tails[i], out)  # fmt: skip
         for a in range(len(kind)):
             if out[a] <= 0.0 or not (theirs if is_target[a] else mine):
@@ -226,8 +244,8 @@ def raise_levels(  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def judge(  # type: ignore[no-untyped-def]
     touched, m, slots, hosts, services, pairs, contacts, host_born, born, host_record,
-    rate, shape, scale, tau, span, step, column, kind, width, family, is_target, direct, learns, least, share, joint,
-    best, family_best, excluded, smallest, fade, now, hour, day, quiet, allowed,
+    rate, shape, scale, floors, tau, span, step, column, kind, width, family, is_target, direct, learns, least, share,
+    joint, open_, best, family_best, excluded, smallest, fade, now, hour, day, quiet, allowed,
     found, values,
 ):  # fmt: skip
     """Excess and p of every key touched; what is within `allowed` is an alarm, the rest goes to the calibration.
@@ -291,7 +309,8 @@ def judge(  # type: ignore[no-untyped-def]
             if level <= nothing:
                 continue
             x = np.log1p(level)
-        record = 0.0 if direct[a] else max(0.0, cells[row, RECORD] - fade * now)
+        # A beat is judged by itself; once it was told, and has paused, it has to become stronger.
+        record = 0.0 if direct[a] and held else max(0.0, cells[row, RECORD] - fade * now)
         excess = x - record
         if excess <= THRESHOLD:
             continue
@@ -313,10 +332,13 @@ def judge(  # type: ignore[no-untyped-def]
                 best[host, at] = max(best[host, at], np.float32(excess))
             continue
         p = tail(excess, rate[a, group], shape[a, group], scale[a, group])
+        p = max(p, floors[a, min(STEPS - 1, int(excess / STEP))])
         smallest[host] = min(smallest[host], p / share[a])
-        alarm = excess >= LEAST_EXCESS and x >= least[a] and p <= allowed * share[a]
+        alarm = open_[a] and excess >= LEAST_EXCESS and x >= least[a] and p <= allowed * share[a]
         if alarm:
             cells[row, HELD] = now + quiet
+            if direct[a]:
+                cells[row, RECORD] = max(cells[row, RECORD], x + fade * now)
             if not learns[a]:
                 cells[row, LAST] = cells[row, BEFORE] = 0.0
             excluded[host, a] = True

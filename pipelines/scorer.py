@@ -70,6 +70,7 @@ def detector_config(settings: Settings) -> DetectorConfig:
             pane_ns=settings.windows.pane,
             block_ns=settings.alarms.block,
             budget=settings.alarms.budget,
+            settle_ns=settings.alarms.settle,
             time_scale=settings.alarms.time_scale,
             internal=settings.alarms.internal or None,
         ),

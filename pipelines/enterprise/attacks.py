@@ -68,11 +68,11 @@ def slow_scan(f: Flows, s: Scene, i: int) -> None:
 
 
 def port_scan(f: Flows, s: Scene, i: int) -> None:
-    """A thousand ports of one host in a minute; three are open."""
-    ports = f.rng.permutation(np.arange(1, 1_001))
+    """The first five hundred ports of one host in half a minute; three are open."""
+    ports = f.rng.permutation(np.arange(1, 501))
     state = np.where(np.isin(ports, (22, 80, 443)), 0, REFUSED)
     f.add(
-        s.begin_s + np.arange(1_000) * 0.06, s.attacker, s.victim, ports, out=200.0, back=200.0, state=state, attack=i
+        s.begin_s + np.arange(500) * 0.06, s.attacker, s.victim, ports, out=200.0, back=200.0, state=state, attack=i
     )
 
 
@@ -111,16 +111,16 @@ def worm(f: Flows, s: Scene, i: int) -> None:
 
 
 def flood(f: Flows, s: Scene, i: int) -> None:
-    """Five thousand connections to one server in two minutes."""
-    at = s.begin_s + np.sort(f.rng.random(5_000)) * 2 * MINUTE
+    """Fifteen hundred connections to one server in two minutes."""
+    at = s.begin_s + np.sort(f.rng.random(1_500)) * 2 * MINUTE
     f.add(at, s.attacker, s.victim, 80, out=100.0, back=0.0, state=UNANSWERED, attack=i)
 
 
 def distributed_flood(f: Flows, s: Scene, i: int) -> None:
     """The same from a thousand places, on a service that it offers."""
-    at = s.begin_s + np.sort(f.rng.random(5_000)) * 5 * MINUTE
-    f.add(at, s.crowd[f.rng.integers(0, min(1_000, len(s.crowd)), 5_000)], s.victim, 443, out=300.0, back=100.0,
-          state=np.where(f.rng.random(5_000) < 0.3, 0, UNANSWERED), attack=i)  # fmt: skip
+    at = s.begin_s + np.sort(f.rng.random(1_500)) * 5 * MINUTE
+    f.add(at, s.crowd[f.rng.integers(0, min(1_000, len(s.crowd)), 1_500)], s.victim, 443, out=300.0, back=100.0,
+          state=np.where(f.rng.random(1_500) < 0.3, 0, UNANSWERED), attack=i)  # fmt: skip
 
 
 def lateral(f: Flows, s: Scene, i: int) -> None:
@@ -168,10 +168,10 @@ def drip(f: Flows, s: Scene, i: int) -> None:
 
 
 def dns_tunnel(f: Flows, s: Scene, i: int) -> None:
-    """Two thousand fat questions to a name server of the intruder's in twenty minutes."""
-    at = s.begin_s + np.sort(f.rng.random(2_000)) * 20 * MINUTE
-    f.add(at, s.attacker, s.outside, 53, proto=UDP, out=sizes(f.rng, 230, 2_000, 0.1),
-          back=sizes(f.rng, 180, 2_000, 0.3), lasts=0.05, attack=i)  # fmt: skip
+    """Fifteen hundred fat questions to a name server of the intruder's in twenty minutes."""
+    at = s.begin_s + np.sort(f.rng.random(1_500)) * 20 * MINUTE
+    f.add(at, s.attacker, s.outside, 53, proto=UDP, out=sizes(f.rng, 230, 1_500, 0.1),
+          back=sizes(f.rng, 180, 1_500, 0.3), lasts=0.05, attack=i)  # fmt: skip
 
 
 def long_session(f: Flows, s: Scene, i: int) -> None:

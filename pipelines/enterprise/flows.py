@@ -40,6 +40,14 @@ class Flows:
         self._attacks: list[str] = []
         self._parts: list[tuple[npt.NDArray[Any], ...]] = []
 
+    def __len__(self) -> int:
+        """Parts added so far: one a call of `add`."""
+        return len(self._parts)
+
+    def latest(self, since: int) -> float:
+        """The last start, s, among the parts from number `since` on; -inf if there is none."""
+        return max((float(part[0].max()) for part in self._parts[since:]), default=-np.inf)
+
     def host(self, name: str) -> int:
         """The number of the host of this name."""
         return self._names.setdefault(name, len(self._names))

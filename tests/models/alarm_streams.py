@@ -17,7 +17,7 @@ S = 10**9
 START = 1_700_000_000 * S
 WINDOW, PANE = 6 * S, S
 EVER = 1 << 62
-LAB = AlarmConfig(time_scale=60.0, pane_ns=PANE)
+LAB = AlarmConfig(time_scale=60.0, pane_ns=PANE, settle_ns=3_600 * S)
 """The lab's settings: a day takes 24 minutes, a block of calibration 15 seconds."""
 
 Row = tuple[float, str, str, int, int, int, int]

@@ -56,12 +56,28 @@ def test_ten_minutes_without_misbehaviour_raise_at_most_one_host():
         assert len(hosts) <= 1, (seed, hosts)
 
 
-def test_nothing_is_raised_before_the_calibration_carries_it():
-    rows, _ = scene("port scan")
+def test_nothing_but_scans_guessing_and_floods_is_raised_before_the_calibration_carries_it():
+    rows, _ = scene("exfiltration")
     watch = Watch(dataclasses.replace(LOUD, ready_blocks=1000))
     assert watch.run(rows, BEGIN + 20) == []
     assert not watch.alarms.readiness().ready
     assert "of 1000 blocks" in watch.alarms.readiness().reason
+
+
+def test_a_scan_is_raised_after_the_first_block_and_nothing_before():
+    block = LAB.block_ns / LAB.time_scale / 1e9
+    for begin, raised in ((block / 3, False), (block + 3, True)):
+        rows = office(40, 0) + MISBEHAVIOURS["port scan"][0](begin, np.random.default_rng(0))
+        found = created(Watch(LAB).run(rows, block - 7 if not raised else 40))
+        assert any(f.family == "scan" for f in found) == raised
+
+
+def test_what_is_left_of_a_level_is_not_told_again_after_an_episode():
+    again = BEGIN + 40 + 60 + 10  # more than an hour, of a sixtieth, after the last probe; a sweep fades in four
+    probe: Row = (again, MISBEHAVIOURS["slow scan"][1], "10.77.0.199", 445, 0, 60, 54)
+    rows = office(again + 8, 1) + MISBEHAVIOURS["slow scan"][0](BEGIN, np.random.default_rng(1)) + [probe]
+    found = [f for f in created(Watch(LOUD).run(rows, again + 8)) if f.host == MISBEHAVIOURS["slow scan"][1]]
+    assert len(found) == 1
 
 
 def test_a_smaller_budget_raises_no_more():

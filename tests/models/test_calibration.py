@@ -97,7 +97,31 @@ def test_budget_is_a_day_per_hundred_hosts_and_at_least_one_a_day():
     assert c.allowed(10, 1, 96) == pytest.approx(10 / 9600)
     assert c.allowed(10, 1, 96 * 60) == pytest.approx(10 / 9600 / 60)
     c.hosts, c.n[0, 2] = 10 * 5, 10 * 5
-    assert c.allowed(1, 1, 96) == pytest.approx(1 / (5 * 96))
+    assert c.allowed(10, 1, 96) == pytest.approx(1 / (5 * 96))
+    assert c.allowed(1, 1, 96) == pytest.approx(0.1 / (5 * 96))
+
+
+def test_the_budget_grows_on_the_first_day():
+    c = Calibration()
+    c.blocks, c.hosts, c.n[0, 2] = 48, 48 * 200, 48 * 200
+    assert c.allowed(10, 1, 96, settled=96) == pytest.approx(0.5 * c.allowed(10, 1, 96))
+    c.blocks, c.hosts, c.n[0, 2] = 1, 200, 200
+    assert c.allowed(10, 1, 96, settled=96) == pytest.approx(0.1 * c.allowed(10, 1, 96))
+
+
+def test_an_analytic_that_keeps_raising_is_believed_less_and_the_smaller_the_budget_the_sooner():
+    c = Calibration()
+    c.blocks, c.hosts, c.n[0, 2] = 10, 2_000, 2_000
+    assert not c.floors(10).any()
+    for _ in range(5):
+        c.note(an.SWEEP, 4.0)
+    floors = c.floors(10)
+    assert floors[an.SWEEP, int(4.0 / 0.25)] == pytest.approx(2 / 2_400)
+    assert floors[an.SWEEP, int(6.0 / 0.25)] == 0
+    assert floors[an.EXFIL].max() == 0
+    assert c.floors(1)[an.SWEEP].max() == pytest.approx(4 / 2_400)
+    c.fade(1.0)
+    assert c.floors(10).max() == 0
 
 
 def test_a_saved_calibration_goes_on():

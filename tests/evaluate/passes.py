@@ -1,0 +1,123 @@
+"""One pass over a flow file with several budgets and several priors at once.
+
+History is the same for all of them, so it is kept once; every prior has its own memory, and every (prior, budget) its
+own alarms. The steps are those of `Detector`, on panes and windows as `flowsage replay` makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+
+from flowsage.graph.build import Contacts, contacts
+from flowsage.graph.flows import FlowBatch
+from flowsage.graph.window import WindowBuffer, in_order
+from flowsage.models.alarms import Alarms
+from flowsage.models.detector import ALL_TIME
+from flowsage.models.explain import Finding
+from flowsage.models.history import History
+from flowsage.models.meeting import MeetingPrior
+from flowsage.pipelines.config import load
+from flowsage.pipelines.scorer import detector_config
+from flowsage.pipelines.sources import FlowFile
+
+DEFAULT = "sage2-sketches"
+
+
+@dataclass
+class Scored:
+    """What a pass says. flow_score, beacon_score f8[rows] in input order; tails: prior → f8[rows], NaN where not asked;
+    hosts: columns host, window_end_ns, score; findings: (prior, budget) → one row a finding."""
+
+    flow_score: np.ndarray
+    beacon_score: np.ndarray
+    tails: dict[str, np.ndarray]
+    hosts: pd.DataFrame
+    findings: dict[tuple[str, float], pd.DataFrame]
+
+
+class _Kept:
+    """Findings as `flowsage replay --findings F.parquet` keeps them: the last word, and when the first was said."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Finding] = {}
+        self._first: dict[str, int] = {}
+
+    def add(self, findings: list[Finding]) -> None:
+        for f in findings:
+            self._last[f.uid] = f
+            self._first.setdefault(f.uid, f.alarm_ns)
+
+    def table(self) -> pd.DataFrame:
+        rows = [
+            {"host": f.host, "role": f.role, "peer": f.peer, "analytic": f.analytic, "start_ns": f.start_ns,
+             "alarm_ns": self._first[uid], "p_value": f.p_value, "sentence": f.sentence}
+            for uid, f in self._last.items()
+        ]  # fmt: skip
+        columns = ["host", "role", "peer", "analytic", "start_ns", "alarm_ns", "p_value", "sentence"]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def score(
+    path: Path,
+    *,
+    budgets: tuple[float, ...] = (10.0,),
+    priors: tuple[str, ...] = (DEFAULT,),
+    undirected: bool = False,
+    scores: bool = True,
+) -> Scored:
+    """Everything of one file with the default configuration; without `scores` only findings are kept."""
+    flags = {"model": {"undirected": undirected, "threads": 1}}
+    made = {p: detector_config(load(flags=flags | {"model": flags["model"] | {"prior": p}})) for p in priors}
+    config = next(iter(made.values()))
+    history = History(config.history)
+    alarms = {(p, b): Alarms(replace(made[p].alarms, budget=b)) for p in priors for b in budgets}
+    internal = next(iter(alarms.values())).internal
+    prior = {p: MeetingPrior(made[p].meeting, internal) if made[p].graph else None for p in priors}
+    kept = {key: _Kept() for key in alarms}
+    file = FlowFile(path, undirected=undirected)
+    buffer = WindowBuffer(config.window_ns, 0, 0)
+    flow_score, beacon_score = np.full(file.rows, np.nan), np.full(file.rows, np.nan)
+    tails = {p: np.full(file.rows, np.nan) for p in priors if prior[p]}
+    host_parts: list[pd.DataFrame] = []
+
+    def tail(p: MeetingPrior | None, seen: Contacts, first: np.ndarray) -> np.ndarray:
+        return np.full(len(seen), np.nan) if p is None else p.tail(seen, first)
+
+    def close(flows: FlowBatch | None) -> None:
+        if flows is None or not len(flows):
+            return
+        run = contacts(flows, config.window_ns)
+        said = history.score(flows, run)
+        first = said.known == 0
+        for name, p in prior.items():
+            if p is None:
+                continue
+            asked = np.full(len(run), np.nan)
+            for k, (begin, end) in enumerate(zip(run.offsets[:-1], run.offsets[1:], strict=True)):
+                window = run.slice(k)
+                asked[begin:end] = p.tail(window, first[begin:end])
+                p.learn(window, first[begin:end])
+            tails[name][flows.row] = asked[run.of_flow]
+        if scores:
+            flow_score[flows.row], beacon_score[flows.row] = said.flow_score, said.beacon_score
+            names = pc.take(flows.hosts.names, said.host).to_numpy(zero_copy_only=False).astype(str)
+            end = (said.window + 1) * config.window_ns
+            host_parts.append(pd.DataFrame({"host": names, "window_end_ns": end, "score": said.score}))
+
+    for step in file.steps(config.alarms.pane_ns):
+        buffer.add(step.flows, "file", step.watermark_ns)
+        seen = contacts(in_order(step.flows), ALL_TIME)
+        looked = history.lookup(seen)
+        for p in priors:
+            plausible = tail(prior[p], seen, looked.known == 0)
+            for b in budgets:
+                kept[p, b].add(alarms[p, b].step(step.now_ns, seen, looked, plausible))
+        close(buffer.close_ready())
+    close(buffer.flush())
+    hosts = pd.concat(host_parts) if host_parts else pd.DataFrame({"host": [], "window_end_ns": [], "score": []})
+    return Scored(flow_score, beacon_score, tails, hosts, {key: k.table() for key, k in kept.items()})
