@@ -87,6 +87,10 @@ lint: setup  ## ruff, mypy --strict, clang-format
 bench: setup  ## the table of measured numbers, and build/bench.json
 	@$(SUDO) $(PYTHON) -m tests.bench $(ARGS)
 
+.PHONY: evaluate
+evaluate: setup  ## every table of detection; DATA=FOLDER of the labelled flow files, ARGS="rank benign" for parts
+	@$(PYTHON) -m tests.evaluate $(or $(DATA),../shared/data) $(ARGS)
+
 .PHONY: clean
 clean:  ## remove what set-up and builds left in this folder
 	@rm -rf $(VENV) build *.egg-info $(OBJECTS); find . -name __pycache__ -prune -exec rm -rf {} +
