@@ -20,6 +20,7 @@ from flowsage.collector.inventory import Present, inventory
 from flowsage.collector.ledger import reasons_of
 from flowsage.collector.statistics import PROTOCOLS
 
+GO_ON = "`flowsage collect` goes on with it, `flowsage collect --detach` removes it"
 Samples = dict[str, dict[str, float]]
 
 
@@ -66,8 +67,7 @@ def show(address: str, port: int, *, as_json: bool = False) -> None:
         click.echo(json.dumps({"process": samples, "kernel": [as_dict(p) for p in present]}, indent=1, sort_keys=True))
         return
     out = lines(samples) if silent is None else [f"process    {silent}"]
-    out += [line for program in present for line in kernel_lines(program)]
-    click.echo("\n".join(out + ([f"kernel     {unasked}"] if unasked else [])))
+    click.echo("\n".join(out + kernel_lines(present) + ([f"kernel     {unasked}"] if unasked else [])))
 
 
 def as_dict(program: Present) -> dict[str, Any]:
@@ -97,15 +97,34 @@ def _interface_words(name: str) -> list[str]:
     return [*words, "takes VLAN tags off before XDP"] if hides else words
 
 
-def kernel_lines(program: Present) -> list[str]:
-    """One program in the kernel: where it runs and how fast, what it holds, what became of the packets."""
-    stats, counters = program.stats, program.counters
+def kernel_lines(present: list[Present]) -> list[str]:
+    """The programs in the kernel; what several of them share (one table for both directions) is told once."""
+    out: list[str] = []
+    told: set[int] = set()
+    for program in sorted(present, key=lambda p: (not (p.interfaces or p.elsewhere), p.stats.program_id)):
+        maps = {m.map_id for m in program.stats.maps if m.type in {"hash", "ringbuf"}}
+        if maps & told and not (program.interfaces or program.elsewhere):
+            continue  # the other end of a sensor that does not use it
+        out.append(_where_it_runs(program))
+        if not maps & told:
+            out += _what_it_holds(program)
+        told |= maps
+    return out
+
+
+def _where_it_runs(program: Present) -> str:
+    stats = program.stats
     where = [f"{name} ({', '.join([mode, *_interface_words(name)])})" for name, mode in program.interfaces]
     where += [f"{program.elsewhere} in other network namespaces"] if program.elsewhere else []
     speed = "no packet just now" if program.recent_ns is None else f"{program.recent_ns:,.0f} ns a packet just now"
     on = f"on {', '.join(where)}" if where else "attached to nothing"
-    out = [f"kernel     {stats.name} (program {stats.program_id}) {on}: {speed}, {stats.memory / 1e6:,.1f} MB"]
-    for m in stats.maps:
+    return f"kernel     {stats.name} (program {stats.program_id}) {on}: {speed}, {stats.memory / 1e6:,.1f} MB"
+
+
+def _what_it_holds(program: Present) -> list[str]:
+    """Fill of table and ring, what became of the packets, who has it."""
+    out, counters = [], program.counters
+    for m in program.stats.maps:
         if m.type == "hash" and m.used is not None:
             out.append(f"           {m.name}: {m.used:,} of {m.size:,} entries ({m.used / m.size:.1%})")
         elif m.type == "ringbuf" and m.used is not None:
@@ -119,11 +138,7 @@ def kernel_lines(program: Present) -> list[str]:
         named = ", ".join(f"{n} {counters[f'packets_{n.lower()}']:,}" for n in PROTOCOLS)
         out.append(f"           packets: {named}")
     for path, process in program.sensors.items():
-        who = (
-            f"process {process} runs it"
-            if process
-            else "no process runs it, it counts on: see `flowsage collect --help`"
-        )
+        who = f"process {process} runs it" if process else "no process runs it, it counts on; " + GO_ON
         out.append(f"           pinned in {path}: {who}")
     return out
 

@@ -20,6 +20,7 @@ from flowsage.collector import (
     FlowSettings,
     create_ebpf_loader,
     in_namespace,
+    libbpf,
 )
 from flowsage.collector.inventory import Present, inventory
 from flowsage.collector.pins import Pins
@@ -105,6 +106,8 @@ def left_behind(pair: VethPair) -> Iterator[tuple[int, Path]]:
     try:
         with pair.inside(), FlowProgram(FlowSettings(table_entries=100)) as program:
             run("bpftool", "prog", "pin", "id", str(program.program_id), str(folder / "program"))
+            egress = libbpf.program_info(program._loaded().program_fd("flow_egress")).id
+            run("bpftool", "prog", "pin", "id", str(egress), str(folder / "egress"))
             program.attach(pair.receiver)
             link = next(
                 entry["id"]
@@ -142,6 +145,7 @@ def test_what_goes_on_without_a_process_is_found_and_status_shows_it(
     assert shown.exit_code == told.exit_code == 0
     assert "is `flowsage run` running" in shown.output
     assert f"flow_xdp (program {program_id}) on {pair.receiver} (drv, up, veth, MTU 65535)" in shown.output
+    assert shown.output.count("flows: 3 of 100") == 1  # of the one table, and the unused egress program says nothing
     assert "flows: 3 of 100 entries (3.0%)" in shown.output
     assert "5 packets seen, 4 in flows, 0 of them sent in 0 records; not in flows: non_ip 1" in shown.output
     assert f"pinned in {folder}: no process runs it, it counts on" in shown.output
