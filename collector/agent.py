@@ -312,14 +312,17 @@ class Agent:
                 return
             self._final = self.snapshot()
             self._open = False
+            undecided = self.lifetime.journal.intent is not None
             self.lifetime.release()
             logger.warning(
                 "the program stays attached to %s and counts on: start again to go on where this ended, or remove it "
                 "with `flowsage collect --detach`",
                 ", ".join(self.settings.interfaces),
             )
-            with suppress(Exception):
-                self.sink.close()
+            # Whether the sink has the last batch is for the next process to ask: it has to find it as it is now.
+            if not undecided:
+                with suppress(Exception):
+                    self.sink.close()
             os.close(self._stop_fd)
             self._stop_fd = -1
 

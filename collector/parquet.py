@@ -9,6 +9,7 @@ directory for `*.parquet` only ever sees files that can be read. What a killed p
 from __future__ import annotations
 
 import fcntl
+import io
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
-
-_BUFFER = 1 << 20
-
 
 class ParquetOutput(Sink):
     """Parquet files in a directory: zstd, addresses dictionary-encoded, `FLOW_SCHEMA`.
@@ -190,9 +188,8 @@ class _Stream:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if began is not None:
-                # One write a batch: pyarrow writes every buffer by itself.
-                self._file = pa.BufferedOutputStream(pa.OSFile(str(path), "wb"), _BUFFER)
-                self._writer = pa.ipc.new_stream(self._file, FLOW_SCHEMA)
+                self._file = _Appender(self._lock)
+                self._writer = pa.ipc.new_stream(pa.PythonFile(self._file, mode="w"), FLOW_SCHEMA)
         except BaseException:
             os.close(self._lock)
             raise
@@ -203,10 +200,10 @@ class _Stream:
         return os.fstat(self._lock).st_size
 
     def append(self, batch: pa.RecordBatch, origin: Origin) -> None:
-        """Once this returns, the batch is the kernel's: it survives the process."""
+        """Once this returns, the batch is the kernel's: it survives the process. Where it raises, nothing is there."""
         assert self._writer is not None
         self._writer.write_batch(batch, custom_metadata=origin.metadata())
-        self._file.flush()
+        self._file.append()
         self.count += 1
 
     def batches(self) -> Iterator[tuple[Origin, pa.RecordBatch]]:
@@ -225,17 +222,46 @@ class _Stream:
         self.cut_bytes = self.size - end if self.size - end != _END_BYTES else 0
 
     def end(self) -> None:
-        """Nothing follows."""
+        """Nothing follows. (The mark at the end is not needed, should the disk not take it.)"""
         if self._writer is not None:
             self._writer.close()
-            self._file.close()
             self._writer = None
+            with suppress(OSError):
+                self._file.append()
 
     def close(self) -> None:
         """Let another process have it. Idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+class _Appender(io.RawIOBase):
+    """Gathers what is written, to be appended to a file at once, or not at all."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._parts: list[bytes] = []
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Keep it for `append`."""
+        self._parts.append(bytes(data))
+        return len(self._parts[-1])
+
+    def append(self) -> None:
+        """Raises OSError with the file as it was."""
+        size, data = os.fstat(self._fd).st_size, memoryview(b"".join(self._parts))
+        self._parts = []
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError:
+            os.ftruncate(self._fd, size)
+            raise
 
 
 _END_BYTES = 8
