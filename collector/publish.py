@@ -371,8 +371,10 @@ class Publisher(Sink):
             self._send_first(None)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """A last attempt at the spool, of `timeout_s`; what remains in it is there for the next start."""
+        """A last attempt at the spool, of `timeout_s`; what remains in it is there for the next start. Idempotent."""
         with self._changed:
+            if self._stopping:
+                return
             self._stopping = True
             self._changed.notify_all()
         if self._thread is not None:

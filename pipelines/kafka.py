@@ -9,19 +9,22 @@ the next `poll`; a producer that has failed is replaced, since what it still hol
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from kafka import KafkaConsumer as Client
 from kafka import KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.net.compat import KafkaNetClient
 from kafka.partitioner import murmur2
 from kafka.structs import OffsetAndMetadata
 
@@ -47,10 +50,15 @@ from flowsage.pipelines.log import (
     offsets_of,
 )
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
+# Its trace of the wire would show passwords (SASL PLAIN).
+logging.getLogger("kafka.protocol").setLevel(logging.INFO)
 
 MAX_RECORD_BYTES = 64 << 20
 """The largest record that we send; what each topic takes is its own affair."""
+NO_TOPIC = "no topic {} is known; make it with `flowsage topics --create`"
 FOREVER_MS = 7 * 86_400_000
 TRANSACTION_MS = 60_000
 
@@ -76,7 +84,7 @@ def translated(error: BaseException, what: str) -> LogError:
     if isinstance(error, _TOO_LARGE):
         return RecordTooLargeError(f"{what}: Kafka takes no record of this size ({said})")
     if isinstance(error, kafka_errors.UnknownTopicOrPartitionError):
-        return LogUnavailableError(f"{what}: the topic does not exist; make it with `flowsage topics --create`")
+        return LogUnavailableError(f"{what}: {NO_TOPIC.format('of this name')}")
     if isinstance(error, (kafka_errors.SaslAuthenticationFailedError, kafka_errors.AuthorizationError)):
         return LogError(f"{what}: Kafka refuses us ({said}); look at the [kafka] settings and the brokers' ACLs")
     if isinstance(error, (kafka_errors.KafkaError, OSError)):
@@ -93,6 +101,61 @@ def translating(what: str) -> Iterator[None]:
         raise
     except (kafka_errors.KafkaError, OSError, ValueError, RuntimeError) as error:
         raise translated(error, what) from error
+
+
+def connect(make: Callable[..., T], config: dict[str, Any]) -> T:
+    """A client of kafka-python; where it cannot connect, nothing of it is left, and the error says why.
+
+    `make` is KafkaProducer, KafkaConsumer or KafkaAdminClient. What they raise themselves is that they had no success,
+    and they leave a thread and sockets behind.
+    """
+    made: list[KafkaNetClient] = []
+    _WHY.heard.clear()
+
+    def client(**values: Any) -> KafkaNetClient:
+        made.append(KafkaNetClient(**values))
+        return made[-1]
+
+    try:
+        return make(**config, kafka_client=client)
+    except kafka_errors.KafkaTimeoutError as error:
+        for c in made:
+            c.close()
+        why, servers = _WHY.reason(), ", ".join(config["bootstrap_servers"])
+        if "Authentication" in why:
+            raise LogError(f"Kafka at {servers} refuses us ({why}); look at the [kafka] settings for SASL") from error
+        raise LogUnavailableError(
+            f"no broker answers at {servers} ({why}); is one up, and do the [kafka] settings for TLS and SASL suit it?"
+        ) from error
+
+
+class _Why(logging.Handler):
+    """Remembers why kafka-python could not connect, which it tells its log and nobody else."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.heard: deque[str] = deque(maxlen=16)
+        own = logging.getLogger("kafka.net.manager")
+        own.setLevel(logging.WARNING)
+        own.propagate = False
+        own.addHandler(self)
+
+    def reason(self) -> str:
+        """What says most: that we were refused, or else what came last (the last attempt is often cut short)."""
+        by_weight = sorted(self.heard, key=lambda why: ("Authentication" in why) - ("timed out" in why))
+        return by_weight[-1] if by_weight else "no answer"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it, and pass it on to whoever wants to read what kafka-python says."""
+        if found := _FAILED.match(record.getMessage()):
+            self.heard.append(found[1])
+        parent = logging.getLogger("kafka")
+        if parent.isEnabledFor(record.levelno):
+            parent.handle(record)
+
+
+_FAILED = re.compile(r"(?:Connection|Bootstrap connection to .*?) failed: (.*?)(?: \(backoff.*)?$", re.DOTALL)
+_WHY = _Why()
 
 
 class KafkaLog(Log):
@@ -121,8 +184,9 @@ class KafkaLog(Log):
         """A producer of kafka-python with our defaults."""
         timeout_ms = int(self.timeout_s * 1000)
         client = self.settings.client()
-        return KafkaProducer(
-            **client
+        return connect(
+            KafkaProducer,
+            client
             | {
                 "acks": "all",
                 "enable_idempotence": True,
@@ -136,7 +200,7 @@ class KafkaLog(Log):
                 "allow_auto_create_topics": False,
                 "metrics_enabled": False,
             }
-            | values
+            | values,
         )
 
     def append(
@@ -179,8 +243,9 @@ class KafkaLog(Log):
 
     def new_client(self, **values: Any) -> Client:
         """A consumer of kafka-python with our defaults."""
-        return Client(
-            **self.settings.client()
+        return connect(
+            Client,
+            self.settings.client()
             | {
                 "enable_auto_commit": False,
                 "isolation_level": "read_committed",
@@ -190,7 +255,7 @@ class KafkaLog(Log):
                 "max_partition_fetch_bytes": 8 << 20,
                 "metrics_enabled": False,
             }
-            | values
+            | values,
         )
 
     def consumer(
@@ -272,7 +337,10 @@ def abandon(producer: KafkaProducer) -> None:
 
 def _partition(producer: KafkaProducer, topic: str, partition_key: bytes | None) -> int | None:
     """Where Kafka itself would put a record of this key; None: let it."""
-    partitions = sorted(producer.partitions_for(topic))
+    try:
+        partitions = sorted(producer.partitions_for(topic))
+    except kafka_errors.KafkaTimeoutError as error:
+        raise LogUnavailableError(f"{NO_TOPIC.format(topic)}, or wait for its brokers") from error
     if partition_key is None:
         return None
     return int(partitions[(murmur2(partition_key) & 0x7FFFFFFF) % len(partitions)])
@@ -286,7 +354,7 @@ def partitions_of(client: Client, topic: str, timeout_s: float) -> list[TopicPar
         if numbers:
             return [TopicPartition(topic, n) for n in sorted(numbers)]
         if time.monotonic() > deadline - timeout_s + min(timeout_s, 3.0):
-            raise LogUnavailableError(f"topic {topic} does not exist; make it with `flowsage topics --create`")
+            raise LogUnavailableError(NO_TOPIC.format(topic))
         time.sleep(0.05)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import click
 from flowsage.collector.agent import Agent, AgentSettings
 from flowsage.collector.collect import collect, summary
 from flowsage.collector.program import FlowSettings
+from flowsage.collector.publish import Publisher
+from flowsage.collector.spool import Spool
 from flowsage.pipelines.config import Settings
 
 
@@ -72,14 +76,62 @@ def flow_settings(settings: Settings) -> FlowSettings:
     )
 
 
-def run_collect(settings: Settings, *, output: str, duration_s: float | None) -> None:
-    """`flowsage collect`: flow records to a folder of Parquet files, or (`-`) as readable lines on stdout."""
+CONNECT_S = 10.0
+"""How long one attempt to find the brokers may take; the sensor does not wait for it."""
+
+
+@contextmanager
+def kafka_publisher(settings: Settings) -> Iterator[Publisher]:
+    """Where a sensor's batches go with Kafka: its topic, or meanwhile the spool. Raises ConfigurationError."""
+    from flowsage.pipelines.kafka import KafkaLog
+    from flowsage.pipelines.topics import flows_topic
+
+    kafka = settings.kafka
+    log = KafkaLog(kafka, timeout_s=CONNECT_S)
+    spool = Spool(kafka.spool, max_bytes=kafka.spool_bytes)
+    publisher = Publisher(
+        log,
+        sensor=settings.sensor.name,
+        site=kafka.site,
+        topic=flows_topic(kafka.prefix),
+        spool=spool,
+        patience_s=kafka.patience / 1e9,
+    )
+    try:
+        yield publisher
+    finally:
+        publisher.close()
+        log.close()
+
+
+def run_collect(settings: Settings, *, output: str | None, duration_s: float | None) -> None:
+    """`flowsage collect`: flow records to a folder of Parquet files, as lines on stdout (`-`), or (None) to Kafka.
+
+    Without Kafka in the configuration, None is `-`.
+    """
 
     def ready(agent: Agent) -> None:
-        click.echo(f"watching {', '.join(agent.settings.interfaces)}; Ctrl-C stops", err=True)
+        where = f" and sending to {', '.join(settings.kafka.bootstrap_servers)}" if to_kafka else ""
+        click.echo(f"watching {', '.join(agent.settings.interfaces)}{where}; Ctrl-C stops", err=True)
         if duration_s is not None:
             timer = threading.Timer(duration_s, agent.stop)
             timer.daemon = True
             timer.start()
 
-    click.echo(summary(collect(collector_settings(settings), output, drop_privileges=not settings.sensor.keep_privileges, on_ready=ready)), err=True)
+    to_kafka = output is None and bool(settings.kafka.bootstrap_servers)
+    if to_kafka:
+        with kafka_publisher(settings) as publisher:
+            ledger = collect(
+                collector_settings(settings),
+                publisher,
+                drop_privileges=not settings.sensor.keep_privileges,
+                on_ready=ready,
+            )
+    else:
+        ledger = collect(
+            collector_settings(settings),
+            output or "-",
+            drop_privileges=not settings.sensor.keep_privileges,
+            on_ready=ready,
+        )
+    click.echo(summary(ledger), err=True)

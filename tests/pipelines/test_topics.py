@@ -18,7 +18,7 @@ def prefix() -> str:
 
 def test_topics_are_described_made_and_then_found_as_they_should_be(broker: Broker) -> None:
     name = prefix()
-    arguments = ["topics", "--bootstrap", broker.bootstrap, "--prefix", name, "--partitions", "3"]
+    arguments = ["topics", "--kafka", broker.bootstrap, "--prefix", name, "--partitions", "3"]
     dry = CliRunner().invoke(main, [*arguments, "--create", "--dry-run"])
     assert dry.exit_code == 0, dry.output
     assert f"{name}.flows.v1: would be created with 3 partitions, 1 replicas" in dry.stdout
@@ -65,9 +65,9 @@ def test_arrival_times_are_the_brokers(broker: Broker) -> None:
 def test_brokers_that_refuse_or_are_not_there_are_one_clear_sentence(broker: Broker) -> None:
     with pytest.raises(LogError, match="cannot be created"):
         look_after(broker.settings(), topics(prefix(), replication=9)[:1], create=True)
-    nobody = CliRunner().invoke(main, ["topics", "--bootstrap", "127.0.0.1:1", "--timeout", "1"])
+    nobody = CliRunner().invoke(main, ["topics", "--kafka", "127.0.0.1:1", "--timeout", "1"])
     assert nobody.exit_code == 1
-    assert "cannot look after topics at 127.0.0.1:1" in nobody.stderr
+    assert "no broker answers at 127.0.0.1:1" in nobody.stderr
     missing = CliRunner().invoke(main, ["topics"])
     assert missing.exit_code == 2
-    assert "--bootstrap" in missing.stderr
+    assert "--kafka" in missing.stderr
