@@ -7,7 +7,9 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from click.testing import CliRunner
 
+from flowsage.pipelines.cli import main
 from flowsage.pipelines.metrics import METRICS, Metrics, MetricsServerError
 from flowsage.pipelines.status import NotRunningError, fetch, lines
 
@@ -80,6 +82,11 @@ def test_status_says_whether_the_ledger_closes(served: tuple[Metrics, int]) -> N
     assert "closes exactly" in "\n".join(lines(fetch("127.0.0.1", port)))
 
 
-def test_status_with_nobody_there_says_so() -> None:
+def test_status_with_nobody_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotRunningError, match=r"is `flowsage run` running"):
         fetch("127.0.0.1", free_port())
+    # Other sensors may be in this machine's kernel.
+    monkeypatch.setattr("flowsage.pipelines.status.inventory", list)
+    done = CliRunner().invoke(main, ["status", "--port", str(free_port())])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "is `flowsage run` running" in done.stderr

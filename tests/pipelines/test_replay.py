@@ -183,7 +183,6 @@ def test_a_capture_cut_in_a_packet_gives_what_is_whole_and_exits_with_1(tmp_path
         (["collect", "--interface", "absent0"], 1, "absent0"),
         (["run", "--interface", "absent0", "--no-metrics"], 1, "absent0"),
         (["run", "--nonsense"], 2, "--nonsense"),
-        (["status", "--port", "1"], 1, "is `flowsage run` running"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_its_exit_code(arguments: list[str], code: int, sentence: str) -> None:
