@@ -58,6 +58,11 @@ enum { MAPS_BEFORE = __COUNTER__ };
 #define bpf_htonl __cpu_to_be32
 #define bpf_be64_to_cpu __be64_to_cpu
 
+static __always_inline __u32 xdp_length(struct xdp_md *ctx)
+{
+	return bpf_xdp_get_buff_len(ctx);
+}
+
 #else
 
 #include <linux/bpf.h>
@@ -65,6 +70,7 @@ enum { MAPS_BEFORE = __COUNTER__ };
 #include <linux/in.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -88,6 +94,29 @@ enum { MAPS_BEFORE = __COUNTER__ };
 		__uint(max_entries, bytes);         \
 	} name SEC(".maps")
 #define MAP_AT(name) ((void *)&name)
+
+/* What the kernel calls these; of what follows ___ nobody but us takes notice. */
+struct xdp_buff___ours {
+	__u32 flags;
+} __attribute__((preserve_access_index));
+enum xdp_buff_flags___ours { XDP_FLAGS_HAS_FRAGS___ours = 1 };
+enum bpf_attach_type___ours { BPF_TCX_EGRESS___ours = 47 };
+extern void *bpf_cast_to_kern_ctx(void *context) __ksym __weak;
+
+/* bpf_xdp_get_buff_len() takes 8 ns, mostly for returning (speculative return stack overflow), to say for nearly every frame
+ * what can be seen: that it has one part. Linux 6.6, which the enumerator stands for, lets us look (6.2, to be exact).
+ */
+static __always_inline __u32 xdp_length(struct xdp_md *ctx)
+{
+	if (bpf_core_enum_value_exists(enum bpf_attach_type___ours, BPF_TCX_EGRESS___ours) &&
+	    bpf_core_enum_value_exists(enum xdp_buff_flags___ours, XDP_FLAGS_HAS_FRAGS___ours)) {
+		struct xdp_buff___ours *xdp = bpf_cast_to_kern_ctx(ctx);
+
+		if (!(xdp->flags & bpf_core_enum_value(enum xdp_buff_flags___ours, XDP_FLAGS_HAS_FRAGS___ours)))
+			return ctx->data_end - ctx->data;
+	}
+	return bpf_xdp_get_buff_len(ctx);
+}
 
 #endif
 

@@ -35,7 +35,7 @@ static __always_inline __u32 protocol_of(const struct packet *p)
 SEC("xdp.frags")
 int xdp_counter(struct xdp_md *ctx)
 {
-	struct packet p = {.length = bpf_xdp_get_buff_len(ctx)};
+	struct packet p = {.length = xdp_length(ctx)};
 	__u32 row = parse_xdp(ctx, &p) == PARSE_OK ? protocol_of(&p) : COUNTER_OTHER;
 	struct counter *c = bpf_map_lookup_elem(MAP_AT(protocols), &row);
 

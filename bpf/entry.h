@@ -59,6 +59,9 @@ enum entry_state {
 	LAST_FIN = 1 << 11, /* << side: which sent the second FIN */
 	ENDED = 1 << 13, /* RST, or FIN both ways: kept for stragglers */
 	DEAD = 1 << 14, /* closed and emitted, but the deletion failed: the walk deletes */
+	LAST_SIDE =
+		1
+		<< 15, /* which sent the last packet, in order of arrival: under an external clock only, which may step back */
 };
 
 /* A cache line of its own, see struct entry. */
@@ -78,15 +81,15 @@ struct side {
 	__u64 owner; /* under settings.dedupe: where the direction is counted, and since when: packet.h */
 };
 
-/* The kernel's hash element is 48 bytes of its own, the key (40), then this: 256 in all, and each side on one cache line,
+/* The kernel's hash element is 48 bytes of its own, the key (8), then this: 256 in all, and each side on one cache line,
  * in the kernels that we know. In another layout only speed changes.
  */
 struct entry {
+	struct flow_key key;
 	__u64 start_ns;
-	__u64 last_ns; /* of the last packet in order of arrival; under the external clock only, which may step back */
 	__u64 handshake;
 	__u64 state; /* enum entry_state; the upper half, which never changes, is the interface of the first packet */
-	__u32 print;
+	__u32 print; /* the upper half */
 	__u16 vlan;
 	__u8 icmp_type;
 	__u8 icmp_code;
@@ -94,9 +97,9 @@ struct entry {
 };
 
 _Static_assert(sizeof(struct side) == 64, "side");
-_Static_assert(sizeof(struct entry) == 168, "entry");
+_Static_assert(sizeof(struct entry) == 200, "entry");
 
-MAP(flows, HASH, struct flow_key, struct entry, TABLE_ENTRIES, 0);
+MAP(flows, HASH, __u64, struct entry, TABLE_ENTRIES, 0);
 MAP_RINGBUF(records, RING_BYTES);
 MAP(counters, PERCPU_ARRAY, __u32, struct flow_counters, 1, 0);
 /* Where a new entry is put together: the stack of the packet path has no room for it. */

@@ -10,7 +10,7 @@
 SEC("xdp.frags")
 int flow_xdp(struct xdp_md *ctx)
 {
-	struct packet p = {.length = frame_length(bpf_xdp_get_buff_len(ctx))};
+	struct packet p = {.length = frame_length(xdp_length(ctx))};
 	enum parse_verdict verdict = parse_xdp(ctx, &p);
 
 	observe(&p, verdict);

@@ -145,8 +145,8 @@ static __always_inline struct entry *new_entry(const struct packet *p, __u64 now
 		return NULL;
 	__builtin_memset(e, 0, sizeof(*e));
 	e->start_ns = now;
-	e->last_ns = now;
-	e->state = (__u64)(p->place & ~EGRESS) << STATE_INTERFACE | (p->side ? INITIATOR : 0) |
+	e->key = p->key;
+	e->state = (__u64)(p->place & ~EGRESS) << STATE_INTERFACE | (p->side ? INITIATOR | LAST_SIDE : 0) |
 		   (p->icmp_valid ? ICMP_VALID : 0);
 	if (p->key.proto == IPPROTO_TCP && !p->fragment) {
 		__u32 add = tcp_transition(0, p);
@@ -155,7 +155,7 @@ static __always_inline struct entry *new_entry(const struct packet *p, __u64 now
 		if (add & SYN_SEEN)
 			e->handshake = now;
 	}
-	e->print = p->print;
+	e->print = p->print >> 32;
 	e->vlan = p->vlan;
 	e->icmp_type = p->icmp_type;
 	e->icmp_code = p->icmp_code;
@@ -214,7 +214,7 @@ static __always_inline enum outcome count_packet(struct flow_counters *c, struct
 	word = __sync_fetch_and_add(&s->word, one);
 	if (unlikely(word & CLOSED))
 		return AGAIN;
-	if (unlikely(e->print != p->print)) {
+	if (unlikely(e->print != p->print >> 32)) {
 		if (!(__sync_fetch_and_add(&s->word, -one) & CLOSED))
 			return AGAIN;
 		/* Its new owner has emitted it with the packet inside: it is counted once, in the wrong flow. */
@@ -227,8 +227,12 @@ static __always_inline enum outcome count_packet(struct flow_counters *c, struct
 		next_of_side(s, p, now, last);
 	else
 		first_of_side(s, p, now);
-	if (settings.external_clock)
-		e->last_ns = now;
+	if (settings.external_clock && !!(state & LAST_SIDE) != p->side) {
+		if (p->side)
+			__sync_fetch_and_or(&e->state, LAST_SIDE);
+		else
+			__sync_fetch_and_and(&e->state, ~LAST_SIDE);
+	}
 	if (unlikely(e->vlan != p->vlan && !(state & VLAN_CHANGED)))
 		__sync_fetch_and_or(&e->state, VLAN_CHANGED);
 	/* Should the ring be full here, the walk ends it after its linger. */
@@ -246,7 +250,7 @@ RARE int create_flow(const struct packet *p, __u64 now)
 
 	if (!c || !p || !(fresh = new_entry(p, now)))
 		return NO_ROOM;
-	error = bpf_map_update_elem(MAP_AT(flows), &p->key, fresh, BPF_NOEXIST);
+	error = bpf_map_update_elem(MAP_AT(flows), &p->print, fresh, BPF_NOEXIST);
 	if (error)
 		return error == -EEXIST ? AGAIN : NO_ROOM;
 	c->value[FLOW_CREATED]++;
@@ -280,19 +284,25 @@ RARE int emit_packet(const struct packet *p, __u64 now, int table_full)
 static __always_inline void account(struct flow_counters *c, const struct packet *p)
 {
 	__u64 now = read_clock();
-	int outcome = AGAIN;
-	struct entry *e = NULL;
+	int outcome = AGAIN, entered = 1;
 
 	for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
-		e = bpf_map_lookup_elem(MAP_AT(flows), &p->key);
-		outcome = likely(e) ? count_packet(c, e, p, now) : create_flow(p, now);
+		struct entry *e = bpf_map_lookup_elem(MAP_AT(flows), &p->print);
+
+		if (unlikely(!e))
+			outcome = create_flow(p, now);
+		else if (likely(same_key(&e->key, &p->key)))
+			outcome = count_packet(c, e, p, now);
+		else /* made another flow's since the look-up, or that of one with the same print: then there is no place */
+			outcome = e->print != p->print >> 32 ? AGAIN : NO_ROOM;
 		if (likely(outcome == DONE))
 			return;
+		entered = e && same_key(&e->key, &p->key);
 		if (outcome == NO_ROOM)
 			break;
 		c->value[FLOW_RETRIES]++;
 	}
-	emit_packet(p, now, outcome == NO_ROOM && !e);
+	emit_packet(p, now, outcome == NO_ROOM && !entered);
 }
 
 /* By the same rule as counter.bpf.c, so that an interface needs no second program to have its packets by protocol. */

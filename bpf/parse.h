@@ -32,9 +32,9 @@ struct packet {
 	struct flow_key key;
 	__u64 source[2]; /* addresses as in the key, before the pair is ordered */
 	__u64 destination[2];
+	__u64 print; /* of the key: the table's own, and what tells apart two flows that follow each other in one element */
 	__u32 length; /* of the frame */
 	__u32 place; /* interface, and EGRESS where it leaves */
-	__u32 print; /* of the key: tells two flows apart that follow each other in one table element */
 	__u16 source_port;
 	__u16 destination_port;
 	__u16 vlan;
@@ -273,12 +273,30 @@ static __always_inline enum parse_verdict parse_ipv6(struct cursor *c, struct pa
 	return parse_l4(c, p);
 }
 
-static __always_inline __u32 print_of(const struct flow_key *key)
+/* 64 bits of the key's five words, which the table hashes instead of them all: its own function takes 20 ns more for 40
+ * bytes than for 8. Products keep the upper bits apart, the shift brings them down; two flows of 262,144 have the same print
+ * once in 10^9 tables, and then one goes without an entry (see account).
+ */
+static __always_inline __u64 print_of(const struct flow_key *key)
 {
-	const __u64 *a = (const __u64 *)key->addr[0], *b = (const __u64 *)key->addr[1];
+	const __u64 *word = (const __u64 *)key;
+	const __u64 by[5] = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93,
+			     0xa0761d6478bd642f};
+	__u64 print = 0;
 
-	return ((a[0] ^ a[1] ^ (b[0] ^ b[1]) * 3) >> 32) ^
-	       (((__u32)key->port[1] << 16 | key->port[0]) * 0x9e3779b1u + key->proto);
+	for (int i = 0; i < 5; i++) {
+		__u64 product = word[i] * by[i];
+
+		print += (product ^ product >> 32) * by[4 - i];
+	}
+	return print ^ print >> 29;
+}
+
+static __always_inline int same_key(const struct flow_key *a, const struct flow_key *b)
+{
+	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
+
+	return !((x[0] ^ y[0]) | (x[1] ^ y[1]) | (x[2] ^ y[2]) | (x[3] ^ y[3]) | (x[4] ^ y[4]));
 }
 
 /* Orders the two ends, so that both directions have one key. */

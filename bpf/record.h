@@ -55,7 +55,7 @@ static __always_inline __u64 last_of(const struct entry *e, __u64 word0, __u64 w
 	__u64 last0 = e->side[0].last_ns, last1 = e->side[1].last_ns;
 
 	if (settings.external_clock)
-		return e->last_ns;
+		return e->state & LAST_SIDE ? last1 : last0;
 	/* A side that has no packet in this record may still hold the time of an earlier one. */
 	if (!(word0 & ~CLOSED))
 		return word1 & ~CLOSED || last1 > last0 ? last1 : last0;
@@ -129,11 +129,11 @@ enum outcome {
 	NO_ROOM, /* nothing was done: the ring is full */
 };
 
-/* Ends the entry: takes both words, emits, deletes. `key` is a copy, or NULL to fetch it from `in_table` once the entry is
- * ours (a walk's key is only sure to be the entry's own from then on).
+/* Ends the entry: takes both words, emits, deletes. `key` is a copy, or NULL to fetch key and print from the table once the
+ * entry is ours (what a walk finds is only sure to be of one piece from then on).
  */
-static __always_inline enum outcome end_entry(struct entry *e, const struct flow_key *key,
-					      struct flow_key *in_table, __u32 print, __u8 reason)
+static __always_inline enum outcome end_entry(struct entry *e, const struct flow_key *key, const __u64 *in_table,
+					      __u64 print, __u8 reason)
 {
 	struct flow_record *r = reserve();
 	struct flow_key own;
@@ -147,7 +147,7 @@ static __always_inline enum outcome end_entry(struct entry *e, const struct flow
 		return AGAIN;
 	}
 	if (key) {
-		if (e->print != print) {
+		if (e->print != print >> 32) {
 			/* Another flow's entry by now. What was added to CLOSED meanwhile has been counted elsewhere. */
 			__sync_lock_test_and_set(&e->side[0].word, word0);
 			bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
@@ -155,7 +155,8 @@ static __always_inline enum outcome end_entry(struct entry *e, const struct flow
 		}
 		own = *key;
 	} else {
-		own = *in_table;
+		own = e->key;
+		print = *in_table;
 	}
 	word1 = __sync_lock_test_and_set(&e->side[1].word, CLOSED);
 	if (word0 | word1) {
@@ -164,7 +165,7 @@ static __always_inline enum outcome end_entry(struct entry *e, const struct flow
 	} else { /* went on after an active timeout, and nothing followed */
 		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
 	}
-	if (bpf_map_delete_elem(MAP_AT(flows), &own))
+	if (bpf_map_delete_elem(MAP_AT(flows), &print))
 		__sync_fetch_and_or(&e->state, DEAD);
 	return DONE;
 }
@@ -207,7 +208,7 @@ static __always_inline enum outcome continue_entry(struct entry *e, const struct
 	}
 	word0 = take(&e->side[0].word);
 	word1 = take(&e->side[1].word);
-	if (unlikely(e->print != print_of(key))) { /* another flow's entry since the claim: back with it */
+	if (unlikely(e->print != print_of(key) >> 32)) { /* another flow's entry since the claim: back with it */
 		word0 = give_back(&e->side[0].word, word0);
 		word1 = give_back(&e->side[1].word, word1);
 	}

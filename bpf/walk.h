@@ -4,7 +4,7 @@
 
 #include "record.h"
 
-CALLBACK_OF(flow_expire) long visit(void *map, struct flow_key *key, struct entry *e, struct flow_walk *w)
+CALLBACK_OF(flow_expire) long visit(void *map, const __u64 *print, struct entry *e, struct flow_walk *w)
 {
 	__u64 word0 = *(volatile __u64 *)&e->side[0].word, word1 = *(volatile __u64 *)&e->side[1].word;
 	enum outcome outcome;
@@ -13,9 +13,10 @@ CALLBACK_OF(flow_expire) long visit(void *map, struct flow_key *key, struct entr
 
 	if (word0 & CLOSED) {
 		if (e->state & DEAD) { /* who takes the mark away deletes */
-			own = *key;
+			__u64 own_print = *print;
+
 			if (__sync_fetch_and_and(&e->state, ~DEAD) & DEAD &&
-			    bpf_map_delete_elem(MAP_AT(flows), &own))
+			    bpf_map_delete_elem(MAP_AT(flows), &own_print))
 				__sync_fetch_and_or(&e->state, DEAD);
 		} else {
 			w->failed++; /* being ended on another CPU */
@@ -34,11 +35,11 @@ CALLBACK_OF(flow_expire) long visit(void *map, struct flow_key *key, struct entr
 		return 0;
 	}
 	if (reason == FLOW_END_ACTIVE_TIMEOUT) {
-		own = *key;
+		own = e->key;
 		outcome = continue_entry(e, &own, e->start_ns, w->now_ns, RESTART);
 		w->flows++;
 	} else {
-		outcome = end_entry(e, NULL, key, 0, reason);
+		outcome = end_entry(e, NULL, print, 0, reason);
 		w->removed += outcome == DONE;
 	}
 	w->failed += outcome != DONE;

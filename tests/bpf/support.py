@@ -30,7 +30,12 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="loading BPF programs 
 @cache
 def build() -> None:
     """The objects, up to date with their sources."""
-    subprocess.run(["make", "-s", "-C", str(ROOT / "bpf")], check=True)
+    run_make(ROOT / "bpf")
+
+
+def run_make(folder: Path, *targets: str) -> None:
+    """Builds what its Makefile says."""
+    subprocess.run(["make", "-s", "-C", str(folder), *targets], check=True)
 
 
 both_loaders = pytest.mark.parametrize("loader", ["libbpf", "bcc"])
