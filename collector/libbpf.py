@@ -83,12 +83,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_map__value_size": (ct.c_uint32, (_POINTER,)),
     "bpf_map__reuse_fd": (ct.c_int, (_POINTER, _FD)),
     "bpf_map__initial_value": (_POINTER, (_POINTER, ct.POINTER(ct.c_size_t))),
-    "bpf_map_lookup_elem": (ct.c_int, (_FD, _POINTER, _POINTER)),
     "bpf_xdp_detach": (ct.c_int, (ct.c_int, ct.c_uint32, _POINTER)),
     "bpf_xdp_query": (ct.c_int, (ct.c_int, ct.c_int, ct.POINTER(XdpQuery))),
-    "libbpf_num_possible_cpus": (ct.c_int, ()),
     "libbpf_set_print": (_POINTER, (_PRINT,)),
-    "libbpf_version_string": (_TEXT, ()),
 }
 
 
@@ -150,11 +147,6 @@ def check(result: int, what: str, kind: type[ProgramError] = ProgramError) -> in
     if result < 0:
         raise failure(-result, what, kind)
     return result
-
-
-def possible_cpus() -> int:
-    """How many values a per-CPU map has for one key."""
-    return check(library().libbpf_num_possible_cpus(), "counting CPUs")
 
 
 class Object:
