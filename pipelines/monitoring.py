@@ -61,6 +61,9 @@ class RecentFindings:
 class EBPFMonitoring:
     """What `create_ebpf_monitoring` returns. A context manager: leaves nothing attached.
 
+    An interface that goes away and comes back is watched again where GraphSAGE streaming is on (by its sensor); the
+    counter alone is not attached again, and `get_metrics()["program"]["attached"]` says so.
+
     `netns`: network namespace of the interface (see `interface.in_namespace`). Raises ConfigurationError where both
     parts are switched off, NothingToMonitorError where what remains of them is nothing, and InterfaceError,
     ProgramError, PrivilegeError as the loader does.
