@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 class ParquetOutput(Sink):
     """Parquet files in a directory: zstd, addresses dictionary-encoded, `FLOW_SCHEMA`.
 
@@ -183,7 +184,8 @@ class _Stream:
         self.began = began or 0.0
         self.count = 0
         self.cut_bytes = 0
-        self._lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if began is None else os.O_CREAT | os.O_EXCL), 0o644)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (0 if began is None else os.O_CREAT | os.O_EXCL)
+        self._lock = os.open(path, flags, 0o644)
         self._writer: pa.RecordBatchStreamWriter | None = None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,9 @@
 
 import io
 import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -115,6 +118,88 @@ def test_nothing_seen_writes_no_file_and_an_existing_file_is_never_replaced(tmp_
         out.put(batch(1), NEXT)
         out.close()
     assert [f.name[-11:] for f in sorted(tmp_path.iterdir())] == ["000.parquet", "001.parquet"]
+
+
+def origin(sequence: int, boot: str = "b00t") -> Origin:
+    return Origin(sensor="s", boot=boot, sequence=sequence, watermark_ns=0)
+
+
+def started(folder: Path, batches: int) -> tuple[ParquetOutput, Path]:
+    """An output that has taken so many batches of 10 records, and its stream; it is never closed: as if killed."""
+    out = ParquetOutput(folder, sensor="s")
+    for i in range(batches):
+        out.put(batch(10, 10 * i), origin(i))
+    (stream,) = folder.glob(".*.arrows")
+    return out, stream
+
+
+def test_what_a_killed_process_wrote_is_taken_over_whole_up_to_where_it_was_cut(tmp_path):
+    killed, stream = started(tmp_path / "killed", 3)
+    ends = []
+    whole = stream.read_bytes()
+    for kept in range(3):
+        _, shorter = started(tmp_path / f"{kept}", kept + 1)
+        ends.append(shorter.stat().st_size)
+    assert ends[-1] == len(whole)
+    rng = np.random.default_rng(0)
+    for cut in [*ends, 0, 1, ends[0] - 1, ends[0] + 1, *rng.integers(0, len(whole), 12).tolist()]:
+        folder = tmp_path / f"cut{cut}"
+        folder.mkdir()
+        (folder / stream.name).write_bytes(whole[:cut])
+        there = sum(end <= cut for end in ends)
+        out = ParquetOutput(folder, sensor="s")
+        assert out.last_sequence("b00t") == (there - 1 if there else None)
+        assert out.last_sequence("another") is None
+        assert (out.cut_bytes > 0) == (cut not in {0, *ends})
+        assert [p.name for p in folder.iterdir()] == [stream.name], "who asks again gets the same answer"
+        out.put(batch(1, 1000), origin(there))
+        out.close()
+        tables = [pq.read_table(f) for f in sorted(folder.glob("flows-*.parquet"))]
+        assert len(list(folder.iterdir())) == len(tables)
+        assert pa.concat_tables(tables)["start_ns"].to_pylist() == [
+            *(START + i for i in range(10 * there)),
+            START + 1000,
+        ]
+    killed.close()
+
+
+def test_a_stream_that_somebody_writes_is_left_alone_and_so_is_that_of_another_sensor(tmp_path):
+    alive, stream = started(tmp_path, 1)
+    other = tmp_path / stream.name.replace("-s-", "-t-s-")
+    other.write_bytes(stream.read_bytes())
+    second = ParquetOutput(tmp_path, sensor="s")
+    assert second.last_sequence("b00t") is None
+    second.close()
+    assert stream.exists()
+    alive.close()
+    assert other.exists()
+    assert [len(pq.read_table(f)) for f in tmp_path.glob("*.parquet")] == [10]
+
+
+def test_a_disk_that_fills_up_keeps_what_was_taken_and_gives_it_to_the_next(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=True)
+    try:
+        out, taken = ParquetOutput(small, sensor="s"), 0
+        with suppress(OutputError):
+            while True:
+                out.put(batch(500, 500 * taken), origin(taken))
+                taken += 1
+        assert taken > 3
+        with pytest.raises(OutputError, match=r"No space left on device.*becomes Parquet at the next start"):
+            out.put(batch(500, 500 * taken), origin(taken))
+        with suppress(OutputError):
+            out.close()
+        again = ParquetOutput(small, sensor="s")
+        assert again.cut_bytes == 0, "nothing of the batch that did not fit"
+        subprocess.run(["mount", "-o", "remount,size=8m", small], check=True)
+        again.put(batch(500, 500 * taken), origin(taken))
+        again.close()
+        table = pa.concat_tables([pq.read_table(f) for f in sorted(small.iterdir())])
+        assert table["start_ns"].to_pylist() == [START + i for i in range(500 * (taken + 1))]
+    finally:
+        subprocess.run(["umount", small], check=True)
 
 
 def test_a_directory_that_cannot_be_used_is_named(tmp_path):
