@@ -192,8 +192,8 @@ def contributions(  # type: ignore[no-untyped-def]
     out[FAIL] = failed
     if new_pair:
         out[FAN] = 1.0
-    # What our hosts send to the world is a small part of what its hosts receive.
-    if inside[1] or not inside[0]:
+    # What our hosts send to the world is a small part of what its hosts receive; and answers are not sent on purpose.
+    if (inside[1] or not inside[0]) and not 100_000 <= port < 200_000:
         out[FLOOD] = flows
         out[FAIL_IN] = failed
         if new_pair:

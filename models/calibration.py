@@ -166,7 +166,8 @@ class Calibration:
         tolerated = TOLERATED[0] + TOLERATED[1] * max(0.0, np.log10(budget))
         active = self.n.sum(1)[IS_TARGET.astype(np.int64)] + N0
         beyond: F8 = np.maximum(0.0, np.cumsum(self.raised[:, ::-1], 1)[:, ::-1] - tolerated)
-        return beyond / active[:, None]
+        floors: F8 = beyond / active[:, None]
+        return floors
 
     def p_value(self, analytic: int, group: int, excess: float) -> float:
         """p of one excess; 1 up to the threshold u."""

@@ -57,6 +57,7 @@ def recording(path: Path, sources: int = 8) -> Recording:
     table = pq.read_table(path)
     table = table.filter(table.column("label").to_numpy() == 0)
     frame = table.select(["start_ns", "src_ip", "dst_ip", "dst_port"]).to_pandas()
+    frame = frame.astype({"src_ip": str, "dst_ip": str})
     begin = int(frame.start_ns.iloc[0])
     ours = {h: _internal(h) for h in pd.unique(pd.concat([frame.src_ip, frame.dst_ip])).tolist()}
     by_flows = frame.src_ip.value_counts().index.tolist()

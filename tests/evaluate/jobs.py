@@ -70,9 +70,9 @@ def ranking(flows: pd.DataFrame, said: Any, *, undirected: bool = False, rows: s
     frame = flows.assign(beacon_score=said.beacon_score)
     return {
         "flow": measures.area(y, measures.finite(said.flow_score)[part]),
-        "host": measures.host_area(flows, said.hosts, undirected=undirected, rows=part),
+        "host": measures.host_area(flows, said.hosts, undirected=undirected),
         "flow by beacon": measures.area(y, measures.finite(said.beacon_score)[part]),
-        "host by beacon": measures.host_area(frame, said.hosts, undirected=undirected, rows=part, beacon=True),
+        "host by beacon": measures.host_area(frame, said.hosts, undirected=undirected, beacon=True),
     }
 
 
@@ -116,11 +116,11 @@ def meetings(flows: pd.DataFrame, tails: np.ndarray | None) -> dict[str, Area]:
         return {}
     asked = np.isfinite(tails)
     kind = flows.attack.fillna("").str.partition("#")[0].to_numpy()
-    part = flows.assign(tail=tails, kind=kind)[asked]
+    part = flows.assign(plausible=tails, kind=kind)[asked]
     # The flows of one window to one contact are one meeting.
     part = part.assign(w=part.start_ns // measures.MINUTE_NS)
     once = part.drop_duplicates(["w", "src_ip", "dst_ip", "dst_port"])
-    y, s = once.label.to_numpy(), -once.tail.to_numpy()
+    y, s = once.label.to_numpy(), -once.plausible.to_numpy()
     out = {"all": measures.area(y, s)}
     for name in sorted(set(once.kind) - {""}):
         chosen = (y == 0) | (once.kind == name).to_numpy()

@@ -66,20 +66,13 @@ def macro_auc(flows: pd.DataFrame, score: np.ndarray) -> float:
     return float(np.mean(areas)) if areas else float("nan")
 
 
-def host_area(
-    flows: pd.DataFrame,
-    hosts: pd.DataFrame,
-    *,
-    undirected: bool = False,
-    rows: slice | None = None,
-    beacon: bool = False,
-) -> Area:
-    """Of host-windows: positive if the host sent a flow labelled 1 in that minute.
+def host_area(flows: pd.DataFrame, hosts: pd.DataFrame, *, undirected: bool = False, beacon: bool = False) -> Area:
+    """Of late host-windows: positive if the host sent a flow labelled 1 in that minute.
 
     hosts: columns host, window_end_ns, score. beacon: flows carry a column beacon_score that is used instead, the
     highest of what the host sent.
     """
-    part = flows.iloc[late(len(flows)) if rows is None else rows]
+    part = flows.iloc[late(len(flows))]
     ends = ["src_ip", "dst_ip"] if undirected else ["src_ip"]
     columns = ["label", "beacon_score"] if beacon else ["label"]
     w = part.start_ns.to_numpy() // MINUTE_NS

@@ -56,7 +56,7 @@ def _ranking(results: Mapping[str, Result]) -> str:
             verdict = "goal" if m >= goal_m else "floor" if m >= floor_m else "SHORT"
             rows.append([f"{name} macro AUC", "MIDAS-F .745", f"{floor_m}", f"{goal_m}", f"{m:.3f}", verdict])
     head = ["ranking, AUC/AP", "best tuned baseline", "floor", "goal", "ours", ""]
-    return _grid("Ranking: the last 70 % of rows (darpa98: all)", head, rows)
+    return _grid("Ranking: the last 70 % of rows (darpa98 flows: all)", head, rows)
 
 
 def _at_most(value: float, bar: float | None) -> str:
