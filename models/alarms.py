@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from flowsage.collector.errors import ConfigurationError
 from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts
-from flowsage.graph.flows import UInt64
+from flowsage.graph.flows import UInt64, hash_names
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
 from flowsage.models.calibration import Calibration, Readiness
@@ -40,6 +40,22 @@ THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
 
 VERSION = 1
+
+
+class Said(Protocol):
+    """What a witness says of a first meeting (`testimony.Testimony` is one)."""
+
+    @property
+    def text(self) -> str:
+        """For a person: goes on where the evidence's own text ends."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a program."""
+
+
+Asked = Callable[[int, int, int], Said | None]
+"""A witness: asked about source hash, target hash, service code."""
 
 
 class Looked(Protocol):
@@ -128,6 +144,8 @@ class Alarms:
         self._span = np.maximum(self._block_ns / 1e9, self._tau)
         self._fade = np.log(2.0) / (an.WEEK / c.time_scale)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="alarms")
+        self.witness: Asked | None = None
+        """Asked about the first meetings that a finding shows."""
         self.internal = Internal(PRIVATE if c.internal is None else c.internal)
         self._parameters, self._floors = self.calibration.parameters(), self.calibration.floors(self.config.budget)
 
@@ -352,7 +370,28 @@ class Alarms:
                 return explain(log, names, a, key, x, record, *times, max(period * (beat[2] + 1), 1.0), beat)
             return explain(log, names, a, key, x, record, *times, float(self._tau[a]))
 
-        return why
+        return lambda: self._testified(why())
+
+    def _testified(self, found: Explained) -> Explained:
+        """With what the witness has to say of the first meetings in it."""
+        if self.witness is None:
+            return found
+        evidence = list(found.evidence)
+        for i, e in enumerate(evidence):
+            if e.name != an.NAMES[an.MEETING] or e.dst is None or e.service is None:
+                continue
+            source, target = (int(h) for h in hash_names(pa.array([e.src, e.dst])))
+            said = self.witness(source, target, e.service)
+            if said is not None:
+                evidence[i] = replace(
+                    e, text=f"{e.text}; {said.text}" if said.text else e.text, facts=e.facts | said.facts
+                )
+        return replace(found, evidence=tuple(evidence))
+
+    def host_name(self, host: int) -> str | None:
+        """Name of the host with this hash, None where it is not remembered."""
+        slot = int(self.memory.hosts.table.find(np.array([host], np.uint64))[0])
+        return str(self.memory.hosts.arrays["name"][slot]) if slot >= 0 else None
 
     def _lead(self, c: Contacts, contact: int, source: int) -> tuple[int, float, float] | None:
         """Of the analytics behind a joint alarm the one to tell it by: (analytic, x, record), None if none is summed.

@@ -22,6 +22,7 @@ from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.explain import Finding
 from flowsage.models.history import History, HistoryConfig, HistoryScores
 from flowsage.models.meeting import MeetingConfig, MeetingPrior
+from flowsage.models.testimony import Witness
 
 ALL_TIME = 1 << 62
 """Window length, ns, that holds every flow of a pane, whenever it started."""
@@ -71,6 +72,12 @@ class Detector:
         self.prior = MeetingPrior(self.config.meeting, self.alarms.internal) if self.config.graph else None
         self._folded: tuple[FlowBatch, Contacts] | None = None
         """Flows of the last pane, and their contacts."""
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """The graph is the alarms' witness of first meetings."""
+        if self.prior is not None:
+            self.alarms.witness = Witness(self.prior, self.alarms.host_name)
 
     def pane(self, now_ns: int, arrived: FlowBatch) -> list[Finding]:
         """Look at the flows that arrived since the last pane; returns findings created, updated or closed.
@@ -126,6 +133,7 @@ class Detector:
         if config.graph:
             detector.prior = MeetingPrior(config.meeting, detector.alarms.internal)
             detector.prior.restore(part("prior/"))
+        detector._introduce()
         return detector
 
     def _fold(self, flows: FlowBatch) -> Contacts:

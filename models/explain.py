@@ -2,11 +2,14 @@
 
 A level is a sum of what contacts added to it, so the contacts that were logged *are* its decomposition: evidence is
 those that added most, as of now, with what they added. Removing them from the input removes that much from the level.
+Where what was added is itself a statement of the model (how unlikely a first use or a first meeting is), the evidence
+says that too, and of first meetings a witness (`testimony.py`) tells what the graph holds for and against them.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph.flows import SERVICE_BITS, service_name
-from flowsage.models.analytics import BEACON, CONTACT, DRIP, EXFIL, FAN_IN, IS_TARGET, JOINT, PAIR, SERVICE, TABLE
+from flowsage.models.analytics import (
+    ANSWERED,
+    BEACON,
+    CONTACT,
+    DRIP,
+    EXFIL,
+    FAN_IN,
+    IS_TARGET,
+    JOINT,
+    NAMES,
+    PAIR,
+    SERVICE,
+    SURPRISE,
+    SURPRISE_MOST,
+    TABLE,
+    UNANSWERED,
+    Analytic,
+)
 
 Array = npt.NDArray[Any]
 
@@ -36,7 +56,8 @@ class Evidence:
     """Contacts of one (src, dst, service) that raised the level.
 
     observed is what they added, as of the alarm, in `unit`; expected the part of the key's record that is theirs, at
-    most. dst_port is None where the service has no one port; src_port is never known: many flows are one contact.
+    most; share their part of all that raised it. text says it for a person, facts what else is known for a program.
+    dst_port is None where the service has no one port; src_port is never known: many flows are one contact.
     """
 
     name: str
@@ -52,6 +73,9 @@ class Evidence:
     last_ns: int
     flows: int
     src_port: int | None = None
+    share: float = 0.0
+    text: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -208,20 +232,19 @@ def explain(
                 service=service,
                 proto=(service >> SERVICE_BITS) - 1,
                 dst_port=port_of(service),
-                observed=float(total[g]) * a.scale,
-                expected=expected * float(share),
-                unit=a.unit,
+                observed=float(total[g]) * a.scale if beat is None else float(beat[2]),
+                expected=expected * float(share) if beat is None else 0.0,
+                unit=a.unit if beat is None else "beats",
                 first_ns=int(meta[mine, 3].min()),
                 last_ns=int(meta[mine, 4].max()),
                 flows=int(meta[mine, 5].sum()),
+                share=float(share),
+                **_told(a, added[first_row.ravel() == g], service, int(meta[mine, 5].sum()), beat),
             )
         )
     peer = _peer(meta, rows, weight, names, analytic, key)
-    start = (
-        int(meta[rows[np.searchsorted(np.cumsum(weight), BEGUN * weight.sum())], 3])
-        if len(rows)
-        else origin_ns + now_ns
-    )
+    begun = int(np.searchsorted(np.cumsum(weight), BEGUN * weight.sum()))
+    start = int(meta[rows[begun], 3]) if len(rows) else origin_ns + now_ns
     on = _share(meta[rows, 2], weight, 0.8)
     span = max(1e-3, (origin_ns + now_ns - start) / 1e9)
     if direct:
@@ -230,19 +253,88 @@ def explain(
             host=_host(names, analytic, key), peer=names[key[1]], service=service_name(key[2]), beats=beats
         )
     else:
+        # Since it began, that is without the fading: what is told is what happened.
+        happened = max(observed, float(added[begun:, analytic].sum())) if a.scale == 1.0 else observed
         counted = len(np.unique(meta[rows, 1])) if a.name != "novelty" else len(np.unique(meta[rows, 2]))
         sentence = a.words.format(
             host=_host(names, analytic, key),
             peer=peer or names[key[1]],
             service=service_name(key[2]),
             on="" if on is None else f" on {service_name(on)}",
-            observed=amount(observed, a.unit),
+            observed=amount(happened, a.unit),
             count=amount(counted, "peers"),
             span=duration(span),
         )
-        most = math.ceil(expected) if a.scale == 1.0 else expected
-        sentence += f"; expected at most {amount(most, a.unit)}" if most >= 1 else "; nothing like it before"
-    return Explained(sentence, peer, start, observed, expected, tuple(evidence))
+        # A sentence that counts peers expects peers, though the level weighs them.
+        counts = "{count}" in a.words
+        most = expected * counted / max(observed, 1e-9) if counts else expected
+        most = math.ceil(most) if counts or a.scale == 1.0 else most
+        sentence += (
+            f"; expected at most {amount(most, 'peers' if counts else a.unit)}"
+            if most >= 1
+            else "; nothing like it before"
+        )
+    return Explained(
+        ONE.sub(lambda m: f"1 {m[1]}{m[2][:-1]}", sentence), peer, start, observed, expected, tuple(evidence)
+    )
+
+
+ONE = re.compile(r"\b1 ((?:new )?(?:internal )?)(peers|services|sources|sessions|flows)\b")
+"""Where a sentence about many speaks of one."""
+
+
+def _told(a: Analytic, added: Array, service: int, flows: int, beat: tuple[float, float, int] | None) -> dict[str, Any]:
+    """text and facts of one piece of evidence: contacts of one (source, target, service), added f8[n, A] by each."""
+    on = service_name(service)
+    mine = added[:, NAMES.index(a.name)]
+    if beat is not None:
+        facts = {"period_s": _figures(beat[0]), "jitter": _figures(beat[1]), "beats": beat[2]}
+        return {"text": f"every {duration(beat[0])} ± {100 * beat[1]:.0f} % on {on}, {beat[2]} times", "facts": facts}
+    if a.name in ("novelty", "meeting"):
+        nats = min(float(mine.max(initial=0.0)), SURPRISE_MOST) + SURPRISE
+        capped = "at most " if nats >= SURPRISE + SURPRISE_MOST else ""
+        facts = {"nats": _figures(nats), "probability": _figures(math.exp(-nats))}
+        what = (
+            f"first use of {on}: {capped}1 of {math.exp(nats):,.0f} of what it does is so new"
+            if a.name == "novelty"
+            else f"first meeting on {on}: {capped}1 of {math.exp(nats):,.0f} first meetings is as unlikely"
+        )
+        return {"text": what, "facts": facts}
+    if a.name == "sweep":
+        answers = {ANSWERED: "answered", UNANSWERED: "not answered"}
+        seen = answers.get(round(float(mine.max(initial=0.0)), 6), "refused or not answered")
+        return {"text": f"first meeting on {on}, {seen}"}
+    if a.name == "joint":
+        sums = np.where(IS_TARGET, 0, added.sum(0))
+        causes = [TABLE[k].family for k in np.argsort(-sums, kind="stable") if sums[k] > 0]
+        return {"text": f"{_flows(flows)} on {on} ({', '.join(dict.fromkeys(causes))})"}
+    value = amount(float(mine.sum()) * a.scale, a.unit)
+    return {"text": PIECES[a.name].format(value=value, on=on, flows=_flows(flows))}
+
+
+PIECES = {
+    "burst": "{flows} on {on}",
+    "fan": "first meeting, on {on}",
+    "fan-in": "first meeting, on {on}",
+    "ports": "first use of {on} there",
+    "guess": "{flows} on {on}, each a session",
+    "fail": "{value} of {flows} on {on} failed",
+    "fail-in": "{value} of {flows} on {on} failed",
+    "lateral": "first meeting, on {on}",
+    "exfil": "{value} more sent than received on {on}",
+    "drip": "{value} more sent than received on {on}",
+    "flood": "{flows} on {on}",
+}
+"""What one piece of evidence says, where it is a count."""
+
+
+def _flows(count: int) -> str:
+    return f"{count:,} flow{'s' if count != 1 else ''}"
+
+
+def _figures(value: float) -> float:
+    """Four significant figures: what is said beyond them is noise."""
+    return float(f"{value:.4g}")
 
 
 def _host(names: Array, analytic: int, key: tuple[int, int, int]) -> str:

@@ -114,6 +114,10 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
         "first_seen_time": evidence.first_ns // 10**6,
         "last_seen_time": evidence.last_ns // 10**6,
     }
+    if evidence.text:
+        out["data"] |= {"text": evidence.text, "share": round(evidence.share, 4)}
+    if evidence.facts:
+        out["data"]["facts"] = evidence.facts
     if evidence.service is not None:
         out["data"]["service"] = service_name(evidence.service)
     return out

@@ -22,10 +22,10 @@ def _evidence_line(evidence: dict[str, Any]) -> str:
     data = evidence["data"]
     target = f" → {_name(evidence['dst_endpoint'])}" if "dst_endpoint" in evidence else ""
     flows = f"{data['flows']:,} flow{'s' if data['flows'] != 1 else ''}"
+    what = data.get("text") or f"{data['observed']:,.3g} {data['unit']}, expected at most {data['expected']:,.3g}"
     return (
         f"    {_name(evidence['src_endpoint'])}{target}  {data.get('service', '')}  {flows}, "
-        f"{clock(data['first_seen_time'])}-{clock(data['last_seen_time'])}: "
-        f"{data['observed']:,.3g} {data['unit']}, expected at most {data['expected']:,.3g}"
+        f"{clock(data['first_seen_time'])}-{clock(data['last_seen_time'])}: {what}"
     )
 
 

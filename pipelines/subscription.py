@@ -53,6 +53,10 @@ class FlowEvidence:
     flows: int
     first_seen: datetime
     last_seen: datetime
+    text: str
+    """What it adds, for a person."""
+    facts: Mapping[str, Any]
+    """What the model holds of it: rank among possible peers, what speaks against it, the period of a beat."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> FlowEvidence:
@@ -71,6 +75,8 @@ class FlowEvidence:
             flows=data["flows"],
             first_seen=_time(data["first_seen_time"]),
             last_seen=_time(data["last_seen_time"]),
+            text=data.get("text", ""),
+            facts=data.get("facts", {}),
         )
 
 

@@ -11,9 +11,10 @@ from flowsage.models.meeting import MeetingPrior
 from tests.models.enterprise import CREDENTIALS, enterprise
 from tests.models.test_meeting import eager, run
 
+Meetings = list[tuple[int, int, int]]
 
-@pytest.fixture(scope="module")
-def watched() -> tuple[MeetingPrior, list[tuple[int, int, int]]]:
+
+def watch() -> tuple[MeetingPrior, Meetings]:
     """A prior that has seen the first half of an enterprise, and what stolen credentials do in the second."""
     torch.set_num_threads(1)
     world = enterprise(0, departments=4, people=20, windows=200)
@@ -25,8 +26,13 @@ def watched() -> tuple[MeetingPrior, list[tuple[int, int, int]]]:
     return prior, [m for m in meetings if min(m[:2]) >= 0][:12]
 
 
+@pytest.fixture(scope="module")
+def watched() -> tuple[MeetingPrior, Meetings]:
+    return watch()
+
+
 def test_deleting_what_speaks_against_a_meeting_makes_it_more_plausible_than_deleting_at_random(
-    watched: tuple[MeetingPrior, list[tuple[int, int, int]]],
+    watched: tuple[MeetingPrior, Meetings],
 ) -> None:
     prior, meetings = watched
     rng = np.random.default_rng(0)
@@ -48,7 +54,7 @@ def test_deleting_what_speaks_against_a_meeting_makes_it_more_plausible_than_del
 
 
 def test_only_meetings_of_the_two_ends_are_tried_and_the_meeting_itself_is_not(
-    watched: tuple[MeetingPrior, list[tuple[int, int, int]]],
+    watched: tuple[MeetingPrior, Meetings],
 ) -> None:
     prior, meetings = watched
     for meeting in meetings[:3]:

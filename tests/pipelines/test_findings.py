@@ -10,8 +10,12 @@ from py_ocsf_models.events.findings.detection_finding import DetectionFinding
 
 from flowsage.models.analytics import TABLE
 from flowsage.models.explain import Evidence, Finding
+from flowsage.models.testimony import Witness
 from flowsage.pipelines.findings import TECHNIQUES, TITLES, json_schema, to_json, to_ocsf
 from flowsage.pipelines.readable import finding_lines
+from tests.models.alarm_streams import Watch
+from tests.models.test_alarms import BEGIN, LOUD, created, scene
+from tests.models.test_attribution import watch
 
 SECOND = 10**9
 START = 1_700_000_000 * SECOND
@@ -73,6 +77,34 @@ def test_every_finding_is_valid_against_the_schema_in_the_package_which_names_al
                     evidence=(evidence(), bare, one, named), analytics=("sweep", analytic), unit="peers",
                 )  # fmt: skip
                 validator.validate(json.loads(to_json(told)))
+
+
+@pytest.mark.parametrize("name", ["host scan", "guessing", "exfiltration", "beacon", "worm"])
+def test_what_the_alarms_raise_is_valid_and_says_why_to_a_person_and_to_a_program(name: str) -> None:
+    rows, host = scene(name, seed=1)
+    raised = next(f for f in created(Watch(LOUD).run(rows, BEGIN + 72)) if f.host == host)
+    event = json.loads(to_json(raised))
+    Draft202012Validator(closed(json_schema())).validate(event)
+    DetectionFinding.model_validate(event)
+    assert event["evidences"]
+    for piece in event["evidences"]:
+        assert piece["data"]["text"]
+        assert 0 <= piece["data"]["share"] <= 1
+    shown = "\n".join(finding_lines(event))
+    assert all(piece["data"]["text"] in shown for piece in event["evidences"][:5])
+    if name == "beacon":
+        assert event["evidences"][0]["data"]["facts"]["period_s"] == pytest.approx(3.0, rel=0.1)
+
+
+def test_what_the_graph_says_of_a_meeting_is_valid() -> None:
+    prior, meetings = watch()
+    hashes = prior.memory.hosts.columns["hash"]
+    source, target, service = meetings[0]
+    said = Witness(prior, str)(int(hashes[source]), int(hashes[target]), service)
+    assert said is not None
+    event = json.loads(to_json(finding(evidence=(evidence(text=said.text, facts=said.facts),))))
+    Draft202012Validator(closed(json_schema())).validate(event)
+    assert event["evidences"][0]["data"]["facts"] == said.facts
 
 
 def test_what_a_later_version_adds_is_valid_for_a_reader_of_version_1_and_what_it_lacks_is_not() -> None:
