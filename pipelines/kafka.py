@@ -197,6 +197,8 @@ class KafkaLog(Log):
                 "bootstrap_timeout_ms": timeout_ms,
                 "max_request_size": MAX_RECORD_BYTES + (1 << 16),
                 "batch_size": 1 << 20,
+                # Of a small batch most is Arrow's description of it: 10 flows take 208 bytes each with it, 700 without.
+                "compression_type": "zstd",
                 "allow_auto_create_topics": False,
                 "metrics_enabled": False,
             }
