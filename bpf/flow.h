@@ -92,7 +92,7 @@ enum flow_counter {
 	FLOW_LOST_TABLE_BYTES,
 	FLOW_LOST_CLOSED_PACKETS, /* the flow was being closed by another CPU, and the ring was full */
 	FLOW_LOST_CLOSED_BYTES,
-	FLOW_EMITTED_RECORDS,
+	FLOW_EMITTED_RECORDS, /* which numbers them */
 	FLOW_EMITTED_PACKETS,
 	FLOW_EMITTED_BYTES,
 	FLOW_FRAGMENT_NONFIRST, /* packets, accounted all the same */
@@ -102,7 +102,6 @@ enum flow_counter {
 	FLOW_RETRIES, /* look-ups repeated because an entry closed, or changed hands, underneath */
 	FLOW_MISATTRIBUTED, /* packets left in another flow's record: its entry was reused and closed underneath */
 	FLOW_RING_FULL, /* reservations that failed: the flow stays in the table, or see LOST_* */
-	FLOW_SEQUENCE, /* records numbered */
 	FLOW_PACKETS_TCP, /* of what was seen; neither TCP nor UDP nor ICMP (ICMPv6 with it): the rest of SEEN */
 	FLOW_BYTES_TCP,
 	FLOW_PACKETS_UDP,

@@ -108,9 +108,8 @@ static __always_inline void submit(struct flow_record *r, int wake)
 	__u64 flags = BPF_RB_NO_WAKEUP, waiting;
 
 	if (c) {
-		r->sequence =
-			(__u64)bpf_get_smp_processor_id() << 48 | __sync_fetch_and_add(&c->value[FLOW_SEQUENCE], 1);
-		__sync_fetch_and_add(&c->value[FLOW_EMITTED_RECORDS], 1);
+		r->sequence = (__u64)bpf_get_smp_processor_id() << 48 |
+			      __sync_fetch_and_add(&c->value[FLOW_EMITTED_RECORDS], 1);
 		__sync_fetch_and_add(&c->value[FLOW_EMITTED_PACKETS],
 				     r->direction[0].packets + r->direction[1].packets);
 		__sync_fetch_and_add(&c->value[FLOW_EMITTED_BYTES], r->direction[0].bytes + r->direction[1].bytes);

@@ -54,7 +54,6 @@ COUNTERS = (
     "retries",
     "misattributed",
     "ring_full",
-    "sequence",
     "packets_tcp",
     "bytes_tcp",
     "packets_udp",
