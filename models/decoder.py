@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsage.models import signatures
-from flowsage.models.columns import Int32
+from flowsage.models.columns import Float32, Int32, Int64
 from flowsage.models.popularity import keys_of
 from flowsage.models.sage import seed_parameters
 
@@ -69,12 +69,34 @@ class Decoder(nn.Module):
         blocks = [_block(sketch, a) * weight[:, k : k + 1] for k, (a, _) in enumerate(signatures.PAIRS)]
         return torch.cat([tower, *blocks], 1), stranger
 
+    def answer(self, embedding: Float32, sketch: Float32 | None, codes: Int64) -> tuple[Float32, Float32]:
+        """As `sources`, without gradients and in NumPy: of a few rows, torch's own overhead is what costs (five times
+        as much)."""
+        first, last = self.source[0], self.source[2]
+        table = self.service.weight.detach().numpy()
+        service = table[codes[:, 0]] + table[codes[:, 1]]
+        hidden = np.maximum(_linear(first, np.concatenate([embedding, service], 1)), 0)
+        tower = _linear(last, hidden) * (1 + _linear(self.diagonal, service)) * np.float32(TOWER**-0.5)
+        stranger = _linear(self.stranger, tower)[:, 0]
+        if self.overlap is None or sketch is None:
+            return tower, stranger
+        weight = np.float32(GAIN) * _linear(self.overlap, service)
+        blocks = [sketch[:, a * signatures.WIDTH : (a + 1) * signatures.WIDTH] for a, _ in signatures.PAIRS]
+        return np.concatenate([tower, *(b * weight[:, k : k + 1] for k, b in enumerate(blocks))], 1), stranger
+
     def targets(self, embedding: Tensor, sketch: Tensor | None) -> Tensor:
         """Target side f32[n, depth]."""
         tower: Tensor = self.target(embedding)
         if not self.overlaps or sketch is None:
             return tower
         return torch.cat([tower, *(_block(sketch, b) for _, b in signatures.PAIRS)], 1)
+
+
+def _linear(layer: nn.Module, x: Float32) -> Float32:
+    assert isinstance(layer, nn.Linear)
+    out: Float32 = x @ layer.weight.detach().numpy().T
+    out += layer.bias.detach().numpy()
+    return out
 
 
 def _block(sketch: Tensor, k: int) -> Tensor:

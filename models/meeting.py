@@ -21,8 +21,11 @@ from flowsage.models.columns import Array, Bool, Float32, Float64, Int32, UInt64
 from flowsage.models.memory import Batch, MeetingMemory, Meetings
 from flowsage.models.network import Network, View
 from flowsage.models.profiles import FEATURES, Inside
-from flowsage.models.questions import Answers, Candidates, answer, draw, first_meetings
-from flowsage.models.sage import Csr
+from flowsage.models.questions import Answers, Candidates, Everybody, answer, draw, first_meetings
+from flowsage.models.sage import Csr, threads_for
+
+_ASKED = ("hosts", "src", "dst", "service")
+"""Columns of contacts that make a question."""
 
 GAIN: Final = 3.0
 """Bound on what one meeting says for or against the graph, nats."""
@@ -50,16 +53,18 @@ class MeetingConfig:
     """Weight of a meeting that was never answered."""
     batch: int = 512
     rate: float = 3e-3
-    step_windows: int = 3
     step_meetings: int = 8
-    """A training step is due after so many new meetings, and with more than `exact_hosts` after so many windows."""
+    step_share: float = 1 / 128
+    """A training step is due after so many new meetings, or after this share of all so far where that is more: what is
+    one among ever more teaches ever less."""
     exact_hosts: int = 2_500
-    """Up to so many hosts all are candidates; beyond, a sample."""
-    drawn: int = 1_024
-    """Candidates of a training step where not all are."""
-    refreshed: int = 8_192
-    """Hosts embedded anew after a window with first meetings, where there are more than `exact_hosts`: those who met,
-    to half of this number, and a quarter of it in turn."""
+    """Up to so many hosts all are candidates of a question; beyond, a sample."""
+    drawn: int = 256
+    """Candidates of a training step, where there are more than twice as many hosts; with fewer hosts all are."""
+    stale: int = 32
+    """Hosts that have met somebody since they were embedded, from which on they are embedded anew."""
+    refreshed: int = 512
+    """At most so many at once. After a training step as many others follow in turn."""
     comparisons: int = 1_500_000
     per_source: int = 32
     """Bounds on what is asked: comparisons with candidates a window, (source, service) a source."""
@@ -117,9 +122,12 @@ class MeetingPrior:
         """First meetings that the bounds on work left unasked, so far."""
         self.loss = float("nan")
         """Of the last training step, nats."""
-        self._windows_since = self._meetings_since = self._turn = 0
+        self._meetings_since = self._turn = 0
         self._view: View | None = None
+        self._stale: list[Int32] = []
+        """Host slots that have met somebody since they were embedded, where there is a view."""
         self._asked: tuple[Contacts, Bool, Answers] | None = None
+        self._everybody: Everybody | None = None
 
     @property
     def waiting(self) -> str | None:
@@ -148,15 +156,20 @@ class MeetingPrior:
         left it unasked, and while it is not ready. Changes nothing."""
         tails = np.full(len(contacts), np.nan)
         if self.waiting is None and first.any():
-            met = self._answers(contacts, first)
+            with threads_for(len(self.memory.hosts)):
+                met = self._answers(contacts, first)
             tails[met.contact] = met.tail
         return tails
 
     def learn(self, contacts: Contacts, first: Bool) -> None:
         """Learn one closed window: what its hosts did, and its first meetings as far as they are plausible."""
+        with threads_for(len(self.memory.hosts)):
+            self._learn(contacts, first)
+
+    def _learn(self, contacts: Contacts, first: Bool) -> None:
         c, window = self.config, int(contacts.windows[-1]) if len(contacts.windows) else 0
         met = self._answers(contacts, first)
-        self._asked = None
+        self._asked = self._everybody = None
         gate = np.ones(len(met.contact), np.float32)
         if self.waiting is None:
             asked = ~np.isnan(met.tail)
@@ -170,20 +183,18 @@ class MeetingPrior:
         )
         if len(meetings):
             self.learnt += float(self.memory.remember(meetings, gate, window, c.replayed_window).sum())
+        self._stale += [meetings.source, meetings.target]
         moved = self.memory.forget()
-        if moved is not None and self._view is not None:
-            self._view.compact(moved)
+        if moved is not None:
+            self._stale = [slots[slots >= 0] for slots in (moved[stale] for stale in self._stale)]
+            if self._view is not None:
+                self._view.compact(moved)
         self.windows += 1
-        self._windows_since += 1
         self._meetings_since += len(meetings)
-        small = len(self.memory.hosts) <= c.exact_hosts
-        if small:
-            self._view = None
-        wait = 1 if small else c.step_windows
-        if c.graph and self._windows_since >= wait and self._meetings_since >= c.step_meetings:
-            self._train()
-        if not small and self._speaks:
-            self._refresh(np.concatenate([meetings.source, meetings.target]) if moved is None else None)
+        due = max(c.step_meetings, c.step_share * self.memory.replay.newest)
+        trained = c.graph and self._meetings_since >= due and self._train()
+        if self._speaks:
+            self._refresh(trained)
 
     def embeddings(self, hosts: UInt64) -> Float32:
         """Embeddings f32[n, d] of host hashes u64[n], from what is remembered of them; NaN for hosts never seen."""
@@ -197,8 +208,7 @@ class MeetingPrior:
         slots = self.memory.hosts.find(hosts)
         known = np.flatnonzero(slots >= 0)
         x = np.zeros((len(hosts), FEATURES), np.float32)
-        degree = self.memory.neighbours.degree(len(self.memory.hosts))
-        x[known] = self.memory.hosts.features(slots[known], degree)
+        x[known] = self.memory.hosts.features(slots[known], self.memory.neighbours.degree(slots[known]))
         encoded: Float32 = self.network.encoder.encode(torch.from_numpy(x), into, out_of).numpy()
         return encoded
 
@@ -230,7 +240,8 @@ class MeetingPrior:
 
     def embed(self) -> None:
         """Embed everybody anew when next asked, by what the weights are now."""
-        self._view = self._asked = None
+        self._view = self._asked = self._everybody = None
+        self._stale = []
 
     def gradients(
         self, network: Network, chance: np.random.Generator, *, recent: int, seed: int
@@ -245,7 +256,7 @@ class MeetingPrior:
         if len(at) < 4:
             return None
         batch = memory.batch(at)
-        if len(memory.hosts) <= c.exact_hosts:
+        if len(memory.hosts) <= 2 * c.drawn:
             hosts = np.arange(len(memory.hosts), dtype=np.int32)
             return network.gradients(memory, batch, hosts, np.zeros(len(hosts), np.float32), None)
         view = self._current()
@@ -257,36 +268,43 @@ class MeetingPrior:
             self._view = View(self.network, self.memory)
         return self._view
 
-    def _refresh(self, met: Int32 | None) -> None:
-        """In a large network: embed anew those who met (slots) and then some of the others, in turn.
+    def _refresh(self, trained: bool) -> None:
+        """Embed anew those who met, once they are a few, and after a training step some of the others, in turn.
 
         Only here, at the end of a window, so that answers do not depend on who asked for what in between.
         """
+        c, hosts = self.config, len(self.memory.hosts)
         if self._view is None:
-            self._view = View(self.network, self.memory)
+            self._view, self._stale = View(self.network, self.memory), []
             return
         self._view.grow()
-        if met is not None and not len(met):
-            return
-        hosts, most = len(self.memory.hosts), self.config.refreshed
-        rows = np.empty(0, np.int32) if met is None else np.unique(met)
-        if len(rows) > most // 2:
-            rows = np.random.default_rng([self.config.seed, self.windows]).choice(rows, most // 2, replace=False)
-        others = (self._turn + np.arange(min(most - len(rows), max(most // 4, 1)))) % hosts
-        self._turn = int(others[-1]) + 1
-        self._view.refresh(np.unique(np.concatenate([rows, others])).astype(np.int32))
+        rows = np.empty(0, np.int32)
+        if c.graph and sum(map(len, self._stale)) >= c.stale:
+            rows, self._stale = np.unique(np.concatenate(self._stale)), []
+        if len(rows) > c.refreshed:
+            rows = np.random.default_rng([c.seed, self.windows]).choice(rows, c.refreshed, replace=False)
+        if trained:
+            others = (self._turn + np.arange(min(c.refreshed, hosts), dtype=np.int32)) % hosts
+            self._turn = int(others[-1]) + 1
+            rows = np.unique(np.concatenate([rows, others]))
+        if len(rows):
+            self._view.refresh(rows.astype(np.int32))
 
     def _ask(self, met: Answers) -> Candidates:
         c = self.config
+        if self._everybody is None:
+            self._everybody = Everybody.of(self.memory, c.exact_hosts)
         return answer(
-            self.memory, self.network, self._current(), met,
-            trust=self.trust, exact=c.exact_hosts, comparisons=c.comparisons, per_source=c.per_source,
+            self.memory, self.network, self._current(), met, self._everybody,
+            trust=self.trust, comparisons=c.comparisons, per_source=c.per_source,
         )  # fmt: skip
 
     def _answers(self, contacts: Contacts, first: Bool) -> Answers:
         """Of the window at hand: what `tail` found is there for `learn`."""
-        if self._asked is not None and self._asked[0] is contacts and self._asked[1] is first:
-            return self._asked[2]
+        if self._asked is not None:
+            asked, of, met = self._asked
+            if all(getattr(asked, k) is getattr(contacts, k) for k in _ASKED) and np.array_equal(of, first):
+                return met
         met = first_meetings(self.memory, contacts, first)
         if len(met.contact) and self._speaks:
             self._ask(met)
@@ -302,14 +320,16 @@ class MeetingPrior:
         fade = 0.995 ** float(weight.sum())
         self.advantage = float(np.clip(self.advantage * fade + (gain * weight).sum(), -6, 6))
 
-    def _train(self) -> None:
+    def _train(self) -> bool:
+        """A training step; False if too little is remembered."""
         chance = np.random.default_rng([self.config.seed, self.windows])
         found = self.gradients(self.network, chance, recent=self._meetings_since, seed=self.windows)
         if found is None:
-            return
-        self._windows_since = self._meetings_since = 0
+            return False
+        self._meetings_since = 0
         self.loss, gradients = found
         self.network.descend(gradients)
+        return True
 
     def _candidates(self, batch: Batch, seed: int) -> tuple[Int32, Float32]:
         """A sample of hosts in proportion to the batch's own q, and the correction ln 1/(expected number) of each."""
@@ -325,18 +345,15 @@ class MeetingPrior:
 
         Embeddings are not kept in it: both he who saves and he who restores embed everybody anew, and so go on alike.
         """
-        self._view = self._asked = None
-        sums = [self.windows, self.learnt, self.advantage, self.unasked]
-        sums += [self._windows_since, self._meetings_since, self._turn]
+        self.embed()
+        sums = [self.windows, self.learnt, self.advantage, self.unasked, self._meetings_since, self._turn]
         return {"prior": np.array([*sums, self.loss])} | self.memory.state() | self.network.state()
 
     def restore(self, state: dict[str, Array]) -> None:
         """What `state` gave, for the same configuration; afterwards it goes on as if nothing had happened."""
-        windows, self.learnt, self.advantage, unasked, since, meetings, turn, self.loss = (
-            float(x) for x in state["prior"]
-        )
+        windows, self.learnt, self.advantage, unasked, meetings, turn, self.loss = (float(x) for x in state["prior"])
         self.windows, self.unasked = int(windows), int(unasked)
-        self._windows_since, self._meetings_since, self._turn = int(since), int(meetings), int(turn)
+        self._meetings_since, self._turn = int(meetings), int(turn)
         self.memory.restore(state)
         self.network.restore(state)
-        self._view = self._asked = None
+        self.embed()

@@ -60,12 +60,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Graph:
-    """Inputs of a forward pass: r rows, whose neighbours are among all hosts.
+    """Inputs of a forward pass: r rows, whose neighbours are among `columns` i64[n], the host slots that matter to it.
 
-    x f32[r, FEATURES]; into, out_of: neighbours weighted for the encoder; sketched: the same, weighted for signatures.
+    x f32[r, FEATURES]; at i64[r]: where the rows are among the columns; into, out_of: neighbours weighted for the
+    encoder; sketched: the same, weighted for signatures.
     """
 
     x: Tensor
+    columns: Tensor
+    at: Tensor
     into: Csr
     out_of: Csr
     sketched: tuple[Csr, Csr]
@@ -75,7 +78,9 @@ class Graph:
         if device.type == "cpu":
             return self
         into, out_of, *sketched = (csr.to(device) for csr in (self.into, self.out_of, *self.sketched))
-        return Graph(self.x.to(device), into, out_of, (sketched[0], sketched[1]))
+        return Graph(
+            self.x.to(device), self.columns.to(device), self.at.to(device), into, out_of, (sketched[0], sketched[1])
+        )
 
 
 def _over(count: int, most: int) -> bool:
@@ -164,32 +169,42 @@ class MeetingMemory:
         """Features and neighbours of host slots `rows`, without the meetings of a batch; `blank` adds a host that did
         nothing.
 
-        With `blank`, rows have to be all hosts in order, and neighbours count one host more.
+        As many rows as there are hosts have to be all of them, in order. With `blank` they have to, and neighbours
+        count one host more.
         """
-        hosts = len(self.hosts)
-        degree = self.neighbours.degree(hosts)
-        total = degree.sum(1)
-        damp = (1 / np.log(2 + total)).astype(np.float32)
-        out = away = None
+        out = None
+        away: tuple[tuple[Int32, Int32] | None, ...] = (None, None)
         if without is not None:
             bucket = np.empty(len(without), np.int32)
             buckets(without.code, bucket)
             out = (without.source, without.target, bucket, without.weight, without.offer, without.pair)
-            away = ((without.source, without.target), (without.target, without.source))
-        x = self.hosts.features(rows, degree, out)
+            away = ((without.target, without.source), (without.source, without.target))
+        x = self.hosts.features(rows, self.neighbours.degree(rows), out)
+        near = [self.neighbours.csr(way, rows, pairs) for way, pairs in zip((FROM, TO), away, strict=True)]
+        columns, whole = rows, len(rows) == len(self.hosts)
+        if not whole:
+            columns = np.unique(np.concatenate([rows, *(index for _, index, _ in near)]))
+        total = self.neighbours.degree(columns).sum(1)
+        damp = (1 / np.log(2 + total)).astype(np.float32)
+        # A common neighbour says the less the more hosts it has in common: sketches weigh it by about 1/degree.
+        rarer = ((1 + total) ** -0.5 * np.log(2 + total)).astype(np.float32)
+        ways, sketched = [], []
+        for indptr, index, value in near:
+            local = index if whole else np.searchsorted(columns, index)
+            end = indptr[-1:] if blank else indptr[:0]
+            parts = (
+                torch.from_numpy(np.concatenate([indptr, end])), torch.from_numpy(local), len(columns) + blank,
+                torch.from_numpy(value * damp[local]),
+            )  # fmt: skip
+            ways.append(Csr(*parts))
+            sketched.append(Csr(*parts[:3], parts[3] * torch.from_numpy(rarer[local])))
         if blank:
             x = np.concatenate([x, np.zeros((1, FEATURES), np.float32)])
-        # A common neighbour says the less the more hosts it has in common: sketches weigh it by about 1/degree.
-        rarer = torch.from_numpy(((1 + total) ** -0.5 * np.log(2 + total)).astype(np.float32))
-        ways, sketched = [], []
-        for k, way in enumerate((FROM, TO)):
-            indptr, index, value = self.neighbours.csr(way, rows, damp, None if away is None else away[1 - k])
-            if blank:
-                indptr = np.append(indptr, indptr[-1:])
-            parts = torch.from_numpy(indptr), torch.from_numpy(index), hosts + blank, torch.from_numpy(value)
-            ways.append(Csr(*parts))
-            sketched.append(Csr(*parts[:3], parts[3] * rarer[parts[1]]))
-        return Graph(torch.from_numpy(x), ways[0], ways[1], (sketched[0], sketched[1]))
+        at = torch.from_numpy(np.searchsorted(columns, rows))
+        return Graph(
+            torch.from_numpy(x), torch.from_numpy(columns.astype(np.int64)), at, ways[0], ways[1],
+            (sketched[0], sketched[1]),
+        )  # fmt: skip
 
     def state(self) -> dict[str, Array]:
         """Everything, as arrays."""

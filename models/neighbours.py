@@ -54,7 +54,7 @@ def _meet(peer, weight, times, mass, source, target, value, salt, added):  # typ
 
 
 @numba.njit(cache=True, nogil=True)
-def _rows(peer, weight, times, damp, way, rows, begin, mate, indptr, index, value):  # type: ignore[no-untyped-def]
+def _rows(peer, weight, times, way, rows, begin, mate, indptr, index, value):  # type: ignore[no-untyped-def]
     """CSR of `rows` without the pairs (rows[i], mate[begin[i]:begin[i + 1]]), unless met on more services."""
     at = 0
     for i in range(len(rows)):
@@ -70,7 +70,7 @@ def _rows(peer, weight, times, damp, way, rows, begin, mate, indptr, index, valu
             if left <= 0:
                 continue
             index[at] = other
-            value[at] = weight[host, way, j] * damp[other]
+            value[at] = weight[host, way, j]
             at += 1
         indptr[i + 1] = at
     return at
@@ -100,21 +100,19 @@ class NeighbourSlots:
         _meet(c["peer"], c["weight"], c["times"], c["mass"], source, target, weight, salt, added)
         return added
 
-    def degree(self, hosts: int) -> Float32:
-        """Weight of distinct peers of each of the first `hosts` slots, both ways, f32[hosts, 2]."""
-        degree: Float32 = self.columns["mass"][:hosts].astype(np.float32)
+    def degree(self, rows: Int32) -> Float32:
+        """Weight of distinct peers of host slots `rows` i32[r], both ways, f32[r, 2]."""
+        degree: Float32 = self.columns["mass"][rows].astype(np.float32)
         return degree
 
-    def csr(
-        self, way: int, rows: Int32, damp: Float32, without: tuple[Int32, Int32] | None = None
-    ) -> tuple[Int32, Int32, Float32]:
-        """indptr i32[r+1], index i32[e], weight f32[e] of `rows` i32[r]; a neighbour's weight is times damp f32[hosts].
+    def csr(self, way: int, rows: Int32, without: tuple[Int32, Int32] | None = None) -> tuple[Int32, Int32, Float32]:
+        """indptr i32[r+1], index i32[e] (host slots), weight f32[e] of host slots `rows` i32[r].
 
         `without`: pairs (row host, other host) to leave out, once for every time they are named.
         """
         begin, mate = np.zeros(len(rows) + 1, np.int32), np.empty(0, np.int32)
         if without is not None:
-            place = np.full(len(damp), -1, np.int32)
+            place = np.full(len(self.columns["mass"]), -1, np.int32)
             place[rows] = np.arange(len(rows), dtype=np.int32)
             row = place[without[0]]
             order = np.argsort(row, kind="stable")
@@ -125,7 +123,7 @@ class NeighbourSlots:
         indptr = np.zeros(len(rows) + 1, np.int32)
         room = int(np.count_nonzero(c["peer"][rows, way] >= 0))
         index, value = np.empty(room, np.int32), np.empty(room, np.float32)
-        used = _rows(c["peer"], c["weight"], c["times"], damp, way, rows, begin, mate, indptr, index, value)
+        used = _rows(c["peer"], c["weight"], c["times"], way, rows, begin, mate, indptr, index, value)
         return indptr, index[:used], value[:used]
 
     def compact(self, remap: Int32) -> None:

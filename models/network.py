@@ -44,17 +44,17 @@ class View:
     @torch.no_grad()
     def refresh(self, rows: Int32) -> None:
         """Bring host slots `rows` up to date with the memory and the weights, among neighbours as they are kept."""
-        memory, network, hosts = self._memory, self._network, len(self._memory.hosts)
+        memory, network = self._memory, self._network
         self.grow()
-        graph, index = memory.graph(rows), torch.from_numpy(rows.astype(np.int64))
-        known = self.embedding[1 : hosts + 1]
-        embedding, sketch = network.encoder.refresh(graph.x, index, known, graph.into, graph.out_of), None
-        self.embedding[index + 1] = embedding
+        graph, place = memory.graph(rows), torch.from_numpy(rows.astype(np.int64)) + 1
+        known = self.embedding[graph.columns + 1]
+        embedding, sketch = network.encoder.refresh(graph.x, graph.at, known, graph.into, graph.out_of), None
+        self.embedding[place] = embedding
         if self.sketch is not None:
-            known = self.sketch[1 : hosts + 1]
-            sketch = signatures.sketch(own_signs(memory, known), index, known, *graph.sketched)
-            self.sketch[index + 1] = sketch
-        self.peers[index + 1] = network.decoder.targets(embedding, sketch)
+            known = self.sketch[graph.columns + 1]
+            sketch = signatures.sketch(own_signs(memory, known), graph.at, known, *graph.sketched)
+            self.sketch[place] = sketch
+        self.peers[place] = network.decoder.targets(embedding, sketch)
 
     def compact(self, remap: Int32) -> None:
         """Host slots have moved."""
@@ -99,16 +99,16 @@ class Network(torch.nn.Module):
         self.encoder = SageEncoder(EncoderConfig(FEATURES, width, layers, seed))
         self.decoder = Decoder(self.encoder.config.embedding, overlaps=overlaps, seed=seed)
         self.rate, self.steps = rate, 0
-        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters()]
+        self._learnt = list(self.parameters())
+        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._learnt]
 
-    @torch.no_grad()
     def sources(self, view: View, source: Int32, code: Int32) -> tuple[Float32, Float32]:
         """Towers f32[n, depth] of (source slot, service code), -1 being a host never seen, and f of an unseen
         target."""
-        rows = torch.from_numpy(source.astype(np.int64) + 1)
-        sketch = None if view.sketch is None else view.sketch[rows]
-        tower, stranger = self.decoder.sources(view.embedding[rows], sketch, service_codes(code))
-        return tower.numpy(), stranger.clamp(-STEEPEST, STEEPEST).numpy()
+        rows = source.astype(np.int64) + 1
+        sketch = None if view.sketch is None else view.sketch.numpy()[rows]
+        tower, stranger = self.decoder.answer(view.embedding.numpy()[rows], sketch, service_codes(code).numpy())
+        return tower, np.clip(stranger, -STEEPEST, STEEPEST)
 
     def step(self, memory: MeetingMemory, batch: Batch, candidates: Int32, excess: Float32, view: View | None) -> float:
         """One step of Adam on a batch (see `gradients`). Returns the loss, nats a meeting."""
@@ -134,14 +134,14 @@ class Network(torch.nn.Module):
         place = np.zeros(hosts, np.int64)
         place[rows] = np.arange(len(rows))
         graph = memory.graph(rows, without=batch).to(device)
-        index = torch.from_numpy(rows.astype(np.int64)).to(device)
-        known = None if view is None else view.embedding[1 : hosts + 1].to(device)
-        embedding = self.encoder.refresh(graph.x, index, known, graph.into, graph.out_of)
+        near = graph.columns.cpu() + 1
+        known = None if view is None else view.embedding[near].to(device)
+        embedding = self.encoder.refresh(graph.x, graph.at, known, graph.into, graph.out_of)
         sketch = None
         if self.decoder.overlaps:
             with torch.no_grad():
-                known = None if view is None or view.sketch is None else view.sketch[1 : hosts + 1].to(device)
-                sketch = signatures.sketch(own_signs(memory, known).to(device), index, known, *graph.sketched)
+                known = None if view is None or view.sketch is None else view.sketch[near].to(device)
+                sketch = signatures.sketch(own_signs(memory, known).to(device), graph.at, known, *graph.sketched)
         peers = self.decoder.targets(embedding, sketch)
         source, target, tried = (
             torch.from_numpy(place[slots]).to(device) for slots in (batch.source, batch.target, candidates)
@@ -157,7 +157,7 @@ class Network(torch.nn.Module):
         label = torch.from_numpy(np.where(batch.fresh, len(candidates) + 1, len(candidates))).to(device)
         weight = torch.from_numpy(batch.gate).to(device)
         loss = (torch.nn.functional.cross_entropy(logits, label, reduction="none") * weight).sum() / weight.sum()
-        gradients = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, self._learnt, allow_unused=True)
         return float(loss.detach()), list(gradients)
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class Network(torch.nn.Module):
         norm = torch.sqrt(torch.stack([g.square().sum() for g in gradients if g is not None]).sum())
         scale = float(torch.clamp(LARGEST_GRADIENT / (norm + 1e-9), max=1.0))
         fade = [1 - beta**self.steps for beta in BETAS]
-        for parameter, gradient, (mean, square) in zip(self.parameters(), gradients, self._moments, strict=True):
+        for parameter, gradient, (mean, square) in zip(self._learnt, gradients, self._moments, strict=True):
             if gradient is None:
                 continue
             gradient = gradient * scale  # noqa: PLW2901

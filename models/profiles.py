@@ -50,6 +50,12 @@ def _add(counts, offered, source, target, bucket, weight, new_offer):  # type: i
 
 
 @numba.njit(cache=True, nogil=True)
+def _receive(received, target, weight):  # type: ignore[no-untyped-def]
+    for i in range(len(target)):
+        received[target[i]] += weight[i]
+
+
+@numba.njit(cache=True, nogil=True)
 def _features(counts, degree, offered, internal, windows, out):  # type: ignore[no-untyped-def]
     half = np.float32(0.5)
     for i in range(len(counts)):
@@ -87,6 +93,7 @@ class HostMemory:
             hash=(np.uint64, (), 0),
             counts=(np.float32, (2, BUCKETS), 0),
             offered=(np.float32, (), 0),
+            received=(np.float32, (), 0),
             internal=(np.bool_, (), 0),
             windows=(np.int32, (), 0),
             last=(np.int64, (), np.iinfo(np.int64).min),
@@ -119,10 +126,11 @@ class HostMemory:
     def add(self, source: Int32, target: Int32, bucket: Int32, weight: Float32, new_offer: Float32) -> None:
         """Count n meetings in both profiles. new_offer f32[n]: by how much the target's number of services grows."""
         _add(self.columns["counts"], self.columns["offered"], source, target, bucket, weight, new_offer)
+        _receive(self.columns["received"], target, weight)
 
     def received(self) -> Float32:
         """Weight of all meetings of each host as a target, f32[hosts]."""
-        weight: Float32 = self.columns["counts"][: len(self), 1].sum(1)
+        weight: Float32 = self.columns["received"][: len(self)].copy()
         return weight
 
     def features(
@@ -131,13 +139,13 @@ class HostMemory:
         degree: Float32,
         without: tuple[Int32, Int32, Int32, Float32, Float32, Float32] | None = None,
     ) -> Float32:
-        """Inputs f32[r, FEATURES] of slots `rows`; degree f32[hosts, 2] is what their neighbour slots count.
+        """Inputs f32[r, FEATURES] of slots `rows`; degree f32[r, 2] is what their neighbour slots count.
 
         `without`: meetings (source, target, bucket, weight, weight of the new offer, weight of the new pair) to take
         out.
         """
         c = self.columns
-        counts, offered, degree = c["counts"][rows], c["offered"][rows], degree[rows]
+        counts, offered, degree = c["counts"][rows], c["offered"][rows], degree.copy()
         if without is not None:
             source, target, bucket, weight, offer, pair = without
             place = np.full(len(self), -1, np.int32)

@@ -44,6 +44,20 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Everybody:
+    """q_all f32[h] of the hosts, and draws from it i32[m], none where all hosts are candidates."""
+
+    anywhere: Float32
+    shared: Int32
+
+    @classmethod
+    def of(cls, memory: MeetingMemory, exact: int) -> Everybody:
+        """As the memory is now; more hosts than `exact` are drawn from."""
+        hosts, anywhere = len(memory.hosts), memory.popularity.anywhere(memory.hosts.received())
+        return cls(anywhere, np.empty(0, np.int32) if hosts <= exact else draw(anywhere, DRAWN, hosts))
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The answers that were possible to one question: n host slots, what each stands for, and how likely it is."""
 
@@ -68,9 +82,9 @@ def answer(
     network: Network,
     view: View,
     met: Answers,
+    everybody: Everybody,
     *,
     trust: float,
-    exact: int,
     comparisons: int,
     per_source: int,
 ) -> Candidates:
@@ -81,7 +95,7 @@ def answer(
     Returns the candidates of the last (source, service).
     """
     hosts = len(memory.hosts)
-    most = hosts if hosts <= exact else LISTED + DRAWN + 1
+    most = LISTED + DRAWN + 1 if len(everybody.shared) else hosts
     capacity = max(hosts, 2 * LISTED + DRAWN + 2)
     scratch = np.empty(capacity, np.int32), np.empty(capacity), np.empty(capacity)
     if not len(met.contact) or not hosts:
@@ -102,16 +116,14 @@ def answer(
     begin[1:] = np.cumsum(np.bincount(rank[group[asked]], minlength=len(chosen)))
     source, code = met.source[example[chosen]], met.service[example[chosen]]
     towers, stranger = network.sources(view, source, code)
-    anywhere = popularity.anywhere(memory.hosts.received())
-    shared = np.empty(0, np.int32) if hosts <= exact else draw(anywhere, DRAWN, hosts)
     answers = np.empty((len(asked), 3))
     candidate, density, copies = scratch
     replay, services, offers = memory.replay, popularity.service, popularity.offer
     used = ask(
         source, service[chosen], memory.links(met.source_hash[example[chosen]], code), begin, met.target[asked],
         replay.ring, replay.prev, replay.newest, services["head"], offers["next"], offers["target"], offers["weight"],
-        services["total"], services["fresh"], anywhere, shared, towers, view.peers[1 : hosts + 1].numpy(), stranger,
-        popularity.fresh_share, trust, answers, candidate, density, copies,
+        services["total"], services["fresh"], everybody.anywhere, everybody.shared, towers,
+        view.peers[1 : hosts + 1].numpy(), stranger, popularity.fresh_share, trust, answers, candidate, density, copies,
     )  # fmt: skip
     for column, values in ((TAIL, met.tail), (LOG_GRAPH, met.log_graph), (LOG_POPULAR, met.log_popular)):
         values[asked] = answers[:, column]

@@ -90,7 +90,8 @@ class Replay:
         """
         held = len(self)
         order = (np.arange(self.newest - held + 1, self.newest + 1)) % len(self.ring)
-        order = order[(self.ring[order] >= 0).all(1)]
+        whole = (self.ring[:held, 0] >= 0) & (self.ring[:held, 1] >= 0) & (self.ring[:held, 2] >= 0)
+        order = order[whole[order]]
         count = min(count, len(order) // SHARE)
         if not count:
             return np.empty(0, np.int64)

@@ -11,6 +11,8 @@ et al.: Representation Learning on Graphs with Jumping Knowledge Networks, ICML 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +21,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FEATURE_EPS: Final = 1e-12
+
+THREADED: Final = 16_384
+"""Rows from which torch's threads are worth their while; with fewer they wait for each other, the longer the busier the
+machine (measured: a step of 20 ms took 100)."""
+
+
+@contextmanager
+def threads_for(rows: int) -> Iterator[None]:
+    """One thread for torch while `rows` rows are worked on that are too few for more."""
+    threads = torch.get_num_threads()
+    if rows >= THREADED or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

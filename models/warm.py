@@ -94,7 +94,7 @@ def warm_meeting(flows: FlowBatch, run: Contacts) -> None:
         prior = MeetingPrior(
             MeetingConfig(
                 exact_hosts=exact, max_hosts=hosts, replayed=256, ready_meetings=1, ready_windows=1, ready_steps=1,
-                step_meetings=1, step_windows=1, refreshed=8,
+                step_meetings=1, refreshed=8,
             )
         )  # fmt: skip
         for _ in range(2):

@@ -154,8 +154,10 @@ def test_a_popular_target_is_plausible_and_one_that_nobody_reaches_is_not() -> N
 @pytest.mark.parametrize("exact_hosts", [2_500, 40])
 def test_questions_are_asked_with_the_embedding_of_their_own_source(exact_hosts: int) -> None:
     world = small()
-    prior = MeetingPrior(eager(exact_hosts=exact_hosts, refreshed=1_000))
+    prior = MeetingPrior(eager(exact_hosts=exact_hosts))
     run(prior, world)
+    if exact_hosts == 2_500:
+        prior.embed()
     memory, network, slots = prior.memory, prior.network, np.arange(20, dtype=np.int32)
     graph, index = memory.graph(np.arange(len(memory.hosts), dtype=np.int32)), torch.arange(len(memory.hosts))
     embedding = network.encoder(graph.x, graph.into, graph.out_of)
@@ -164,6 +166,7 @@ def test_questions_are_asked_with_the_embedding_of_their_own_source(exact_hosts:
     expected, stranger = network.decoder.sources(embedding[:20], sketch[:20], service_codes(codes))
     towers, f_stranger = network.sources(prior._current(), slots, codes)
     peers = network.decoder.targets(embedding, sketch).detach()
+    # Made anew they are exact; as they are kept, they are as old as the last time that it was each host's turn.
     close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3} if exact_hosts == 2_500 else {"rtol": 0, "atol": 0.5}
     np.testing.assert_allclose(towers, expected.detach(), **close)
     np.testing.assert_allclose(f_stranger, stranger.detach(), **close)
@@ -247,12 +250,11 @@ def test_neighbour_slots_keep_a_fair_sample_of_the_past() -> None:
     target = np.arange(1, 1001, dtype=np.int32)
     added = slots.meet(np.zeros(1000, np.int32), target, np.ones(1000, np.float32), tick=0)
     assert (added == 1).all()
-    ones = np.ones(1001, np.float32)
-    _, kept, weight = slots.csr(TO, np.zeros(1, np.int32), ones)
+    _, kept, weight = slots.csr(TO, np.zeros(1, np.int32))
     assert len(kept) == 16
     assert (weight == 1).all()
     assert 250 < kept.mean() < 750
-    _, back, _ = slots.csr(FROM, np.array([7], np.int32), ones)
+    _, back, _ = slots.csr(FROM, np.array([7], np.int32))
     assert back.tolist() == [0]
     again = slots.meet(np.zeros(16, np.int32), kept, np.ones(16, np.float32), tick=1)
     assert (again == 0).all()
