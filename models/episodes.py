@@ -3,7 +3,7 @@
 - The same host and family: one finding while it lasts, and until it has been quiet for an hour.
 - Another family of a host whose finding began within the last quarter of an hour: the same finding.
 - A target whose trouble comes from one host that has a finding (and the reverse): the same finding.
-- The same cause towards one peer at three hosts: one finding; the oldest takes the others in, and those to come.
+- The same cause towards one peer at several hosts: one finding, the first; the others join it.
 
 A finding is created, updated when it is materially worse (at most once in five minutes), and closed. uids are hashes of
 what began it, so two runs over the same flows give the same.
@@ -28,9 +28,6 @@ WORSE = 10.0
 """A finding is materially worse when its p has fallen by this factor, or a cause or host has joined."""
 
 OPPOSITE = {"source": "target", "target": "source"}
-
-SHARED_BY = 3
-"""Hosts with the same cause towards one peer that are one finding."""
 
 
 @dataclass(frozen=True)
@@ -140,22 +137,18 @@ class Episodes:
             recent[0].grew = True
             return self._go_on(now_ns, recent[0], o, allowed)
         why = o.explain()
-        told: list[Finding] = []
         if why.peer is not None:
             other_end = [e for e in self.open if e.finding.host == why.peer and e.finding.role != a.role and
                          now_ns - e.last_ns <= self.together_ns]  # fmt: skip
             same = [e for e in self.open if e.peer == why.peer and a.family in e.families and e.finding.role == a.role]
-            hosts = {h for e in same for h in (e.finding.host, *(other for other, _ in e.others))}
-            if other_end or len(hosts) + 1 >= SHARED_BY:
+            if other_end or same:
                 keeper = (other_end or same)[0]
-                if not other_end:
-                    told += self._merge(now_ns, keeper, same[1:])
                 if a.family not in keeper.families:
                     keeper.families.append(a.family)
                 keeper.others.append((o.host, a.role))
                 keeper.grew = True
                 self.joined += 1
-                return told + self._go_on(now_ns, keeper, o, allowed, why)
+                return self._go_on(now_ns, keeper, o, allowed, why)
         text = f"{o.host}\0{a.role}\0{a.name}\0{why.peer or ''}\0{now_ns}"
         p = min(1.0, o.p / float(SHARE[o.analytic]))
         finding = Finding(
@@ -180,14 +173,6 @@ class Episodes:
         self.created += 1
         self.begun.append(o)
         return [finding]
-
-    def _merge(self, now_ns: int, keeper: Episode, others: list[Episode]) -> list[Finding]:
-        """Take `others` into `keeper`; they close."""
-        for e in others:
-            keeper.others += [(e.finding.host, e.finding.role), *e.others]
-            keeper.families += [f for f in e.families if f not in keeper.families]
-        self.open = [e for e in self.open if e not in others]
-        return [self._closed(now_ns, e, f"goes on as {keeper.finding.uid}: {e.finding.sentence}") for e in others]
 
     @staticmethod
     def _closed(now_ns: int, e: Episode, sentence: str) -> Finding:

@@ -182,10 +182,10 @@ def monitoring(f: Flows, r: Recording, begin_s: float) -> None:
 CONFOUNDERS = {"update day": update_day, "backup": backup, "heartbeats": heartbeats, "monitoring": monitoring}
 
 
-def disturb(r: Recording, name: str, seed: int) -> pa.Table:
-    """The recording with one harmless disturbance in it."""
+def disturb(r: Recording, name: str, seed: int) -> tuple[pa.Table, int, int]:
+    """The recording with one harmless disturbance in it, and when it begins and ends, ns."""
     f = Flows(np.random.default_rng(seed), r.begin_ns)
     starts = r.active[r.sources[0]]
     begin = float(starts[int(np.searchsorted(starts, r.span_s * f.rng.uniform(0.3, 0.5))) - 1])
     CONFOUNDERS[name](f, r, begin)
-    return merged(r, f)
+    return merged(r, f), r.begin_ns + int(begin * 1e9), r.begin_ns + int(f.latest(0) * 1e9)

@@ -18,7 +18,7 @@ import torch
 from flowsage.pipelines.enterprise import ATTACKS, Simulation, simulate
 from tests.evaluate import measures
 from tests.evaluate.bars import BUDGETS, FULL, INJECTED, SMALL, UNDIRECTED
-from tests.evaluate.injections import CONFOUNDERS, Recording, disturb, inject, recording
+from tests.evaluate.injections import CONFOUNDERS, disturb, inject, recording
 from tests.evaluate.measures import Area, Found
 from tests.evaluate.passes import DEFAULT, score
 
@@ -165,18 +165,25 @@ def _matched(table: pa.Table) -> dict[float, Found]:
 
 
 def confounders(data: Path, name: str, seeds: int = 2) -> dict[str, Any]:
-    """Findings more than without each harmless disturbance, at budget 10."""
+    """Findings, while each harmless disturbance lasts and an hour after, more than without it, at budget 10."""
     r = recording(data / f"{name}.parquet")
-    plain = _count(r, r.table)
-    extra = {c: [_count(r, disturb(r, c, seed)) - plain for seed in range(seeds)] for c in CONFOUNDERS}
+    plain = _alarms(r.table)
+    extra: dict[str, list[int]] = {c: [] for c in CONFOUNDERS}
+    for c in CONFOUNDERS:
+        for seed in range(seeds):
+            table, begin, end = disturb(r, c, seed)
+            with_it, without = (np.sum((a >= begin) & (a <= end + measures.HOUR_NS)) for a in (_alarms(table), plain))
+            extra[c].append(int(with_it) - int(without))
     return {"extra": extra}
 
 
-def _count(r: Recording, table: pa.Table) -> int:
+def _alarms(table: pa.Table) -> np.ndarray:
+    """When findings were raised at budget 10, ns."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "disturbed.parquet"
         pq.write_table(table, path)
-        return len(score(path, scores=False).findings[DEFAULT, 10.0])
+        alarms: np.ndarray = score(path, scores=False).findings[DEFAULT, 10.0].alarm_ns.to_numpy()
+        return alarms
 
 
 JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {

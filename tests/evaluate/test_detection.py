@@ -162,6 +162,7 @@ def test_injections_find_a_place_and_are_in_order(recorded: Recording) -> None:
 
 @pytest.mark.parametrize("name", list(CONFOUNDERS))
 def test_a_harmless_disturbance_adds_flows_and_no_label(recorded: Recording, name: str) -> None:
-    table = disturb(recorded, name, 0)
+    table, begin, end = disturb(recorded, name, 0)
+    assert recorded.begin_ns < begin <= end
     assert len(table) > len(recorded.table)
     assert sum(table.column("label").to_pylist()) == 0
