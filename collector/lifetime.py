@@ -77,10 +77,14 @@ class Lifetime:
     def _begin(self, held: Pins) -> None:
         """A new life, with a boot of its own."""
         held.clear()
-        state = pins.shared_array("flowsage_state", JOURNAL_BYTES)
-        held.put(state, STATE)
-        self._open_journal(state)
-        self.program = self._load(held, 1, None)
+        try:
+            state = pins.shared_array("flowsage_state", JOURNAL_BYTES)
+            held.put(state, STATE)
+            self._open_journal(state)
+            self.program = self._load(held, 1, None)
+        except BaseException:
+            held.clear()
+            raise
         self.journal.write(Books(generation=1, target=1))
 
     def _adopt(self, held: Pins) -> bool:
@@ -169,7 +173,11 @@ class Lifetime:
         """Load our own program beside the one that is attached, which `attach` then changes over. After `settle`."""
         assert self._pins is not None
         current, books = self.program, self.journal.books
-        self.program = self._load(self._pins, books.generation + 1, current)
+        try:
+            self.program = self._load(self._pins, books.generation + 1, current)
+        except BaseException:
+            self._pins.keep_only(books.generation)
+            raise
         self.journal.write(replace(books, target=books.generation + 1))
         self._retire_or_release(current)
 

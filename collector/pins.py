@@ -12,13 +12,17 @@ from __future__ import annotations
 import ctypes as ct
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from flowsage.collector import libbpf, syscall
 from flowsage.collector.errors import BusySensorError, KernelSupportError, PrivilegeError, ProgramError
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path("/sys/fs/bpf/flowsage")
 """Where sensors pin by default."""
@@ -226,6 +230,9 @@ def _require_bpffs(root: Path) -> None:
         return
     if root.is_relative_to(_BPFFS) and _BPFFS.is_dir():
         if _libc.mount(b"bpf", os.fsencode(_BPFFS), b"bpf", 0, b"mode=700") == 0:
+            with suppress(OSError):  # who 1 is may be hidden from us
+                if not os.path.samefile("/proc/self/ns/mnt", "/proc/1/ns/mnt"):
+                    logger.warning("%s is mounted for this mount namespace only: what is pinned ends with it", _BPFFS)
             return
         reason = os.strerror(ct.get_errno())
         raise KernelSupportError(
