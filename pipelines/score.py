@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import click
 
@@ -195,6 +196,7 @@ class Scoring:
             except BaseException:
                 transactor.close()
                 raise
+            site.on_found = partial(self._publish, number)
             self.seats[number] = Seat(site, transactor, warming=warming and not site.caught_up)
             self._say(f"partition {number}: reading from offset {site.reading_from}")
 

@@ -114,11 +114,11 @@ class Scorer:
         self.settings = settings
         config = detector_config(settings)
         self.model = ModelDirectory(Path(settings.model.directory), config) if settings.model.directory else None
-        self._known_until_ns = -(1 << 62)
+        self.known_until_ns = -(1 << 62)
         """What begins before it has been learnt by the model."""
         if detector is None and self.model is not None:
             detector, manifest = self.model.load()
-            self._known_until_ns = manifest.until_ns
+            self.known_until_ns = manifest.until_ns
         self.detector = detector or Detector(config)
         windows = settings.windows
         self.buffer = WindowBuffer(
@@ -143,7 +143,7 @@ class Scorer:
         Returns those that were not refused (`WindowBuffer.add`).
         """
         self.counters.consumed += len(flows)
-        if len(flows) and int(flows.start_ns.min()) < self._known_until_ns:
+        if len(flows) and int(flows.start_ns.min()) < self.known_until_ns:
             flows = self._unknown(flows)
         taken = self.buffer.add(flows, sensor, watermark_ns)
         if len(taken):
@@ -157,6 +157,11 @@ class Scorer:
 
     def step(self, now_ns: int) -> None:
         """The pane ends at now_ns: the alarms look at what was taken since the last one, and windows close."""
+        self.look(now_ns)
+        self.close_windows()
+
+    def look(self, now_ns: int) -> None:
+        """First half of `step`: the alarms look."""
         if self.model is not None:
             self._renew(now_ns, self.model)
         started = time.perf_counter()
@@ -165,6 +170,9 @@ class Scorer:
         self._publish(self.detector.pane(now_ns, flows))
         self.counters.panes += 1
         self.counters.pane_seconds += time.perf_counter() - started
+
+    def close_windows(self) -> None:
+        """Second half of `step`: windows close, are scored and learnt."""
         self._close(self.buffer.close_ready())
 
     def finish(self) -> None:
@@ -173,9 +181,9 @@ class Scorer:
 
     def _unknown(self, flows: FlowBatch) -> FlowBatch:
         """Those that the model has not learnt from: the others would be nothing new to it."""
-        fresh = np.flatnonzero(flows.start_ns >= self._known_until_ns)
+        fresh = np.flatnonzero(flows.start_ns >= self.known_until_ns)
         if not self.counters.known:
-            until = datetime.fromtimestamp(self._known_until_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            until = datetime.fromtimestamp(self.known_until_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             logger.warning("the model has learnt everything up to %s; flows before that are not scored", until)
         self.counters.known += len(flows) - len(fresh)
         return flows.take(fresh)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flowsage.collector.errors import ConfigurationError, SchemaError
-from flowsage.collector.publish import Origin, deserialise
+from flowsage.collector.publish import Origin
 from flowsage.graph.flows import FlowBatch, from_table
 from flowsage.models.detector import ClosedWindows, Detector
 from flowsage.models.explain import Finding
@@ -29,10 +30,14 @@ from flowsage.pipelines.config import Settings
 from flowsage.pipelines.embeddings import embeddings_of
 from flowsage.pipelines.log import Committed, LogRecord
 from flowsage.pipelines.scorer import Scorer, detector_config
+from flowsage.pipelines.sources import READ
 
 VERSION = 1
 BOOTS = 8
 """Boots of a sensor whose sequences are remembered: a spool holds no more than a few."""
+
+COLUMNS = {*READ, "iat_sum_ns_fwd", "iat_sumsq_us2_fwd", "length_sumsq_fwd", "ttl_max_fwd"}
+"""Columns of a batch that are read."""
 
 UNREADABLE = (pa.ArrowException, SchemaError, KeyError, ValueError, TypeError, OverflowError, OSError)
 
@@ -77,15 +82,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a commit says beside its offset: findings of panes that end until `pane_ns` are out, and so are dead letters
-    of records before `next`."""
+    """What a commit says beside its offset: findings of panes that end until `pane_ns` are out, what the windows that
+    closed then gave (until `windows_ns`), and dead letters of records before `next`."""
 
     pane_ns: int = -1
+    windows_ns: int = -1
     next: int = 0
 
     def metadata(self) -> str:
         """As the metadata of a commit."""
-        return json.dumps({"v": VERSION, "pane_ns": self.pane_ns, "next": self.next}, separators=(",", ":"))
+        return json.dumps({"v": VERSION, **asdict(self)}, separators=(",", ":"))
 
     @classmethod
     def of(cls, committed: Committed | None) -> Progress:
@@ -94,7 +100,7 @@ class Progress:
             return cls()
         try:
             told = json.loads(committed.metadata)
-            return cls(int(told["pane_ns"]), int(told["next"]))
+            return cls(int(told["pane_ns"]), int(told["windows_ns"]), int(told["next"]))
         except (ValueError, KeyError, TypeError):
             return cls(next=committed.offset)
 
@@ -120,7 +126,10 @@ class Site:
         self.position = 0
         """Offset of the next record to take."""
         self.pane_ns = -1
-        """End of the last pane that was looked at."""
+        """End of the last pane that was looked at, and of the last after which windows have closed."""
+        self.windows_ns = -1
+        self.on_found: Callable[[], None] | None = None
+        """Called when a pane has findings, before windows close, which may take longer: they may be published then."""
         self.scorer = Scorer(
             settings,
             on_findings=self._findings,
@@ -204,7 +213,8 @@ class Site:
         """What to commit once the outcome so far is out. Raises ValueError before `caught_up`."""
         if not self.caught_up:
             raise ValueError("what is out already has not been worked out again; nothing may be committed yet")
-        self.out = Progress(max(self.pane_ns, self.out.pane_ns), self.position)
+        pane_ns, windows_ns = max(self.pane_ns, self.out.pane_ns), max(self.windows_ns, self.out.windows_ns)
+        self.out = Progress(pane_ns, windows_ns, self.position)
         return Committed(self.oldest_open, self.out.metadata())
 
     def finish(self) -> None:
@@ -217,14 +227,15 @@ class Site:
     def _read(self, record: LogRecord) -> tuple[FlowBatch, Origin]:
         if record.value is None:
             raise ValueError("the record has no value")
-        table = deserialise(record.value)
-        table.validate(full=True)
+        table = read_columns(record.value)
         return from_table(table, undirected=self.settings.model.undirected), Origin.of(table)
 
     def _take_again(self, record: LogRecord) -> None:
         now = self._again.pop(record.offset, None)
         if now is not None:
-            self.scorer.buffer.hold_again(self._read(record)[0], now)
+            flows = self._read(record)[0]
+            unknown = np.flatnonzero(flows.start_ns >= self.scorer.known_until_ns)
+            self.scorer.buffer.hold_again(flows.take(unknown), now)
 
     def _is_new(self, origin: Origin) -> bool:
         """Whether the batch was not taken before. Batches of a sensor come in order, so the last number tells."""
@@ -253,7 +264,11 @@ class Site:
 
     def _look(self, pane: int) -> None:
         self.pane_ns = (pane + 1) * self.settings.windows.pane
-        self.scorer.step(self.pane_ns)
+        self.scorer.look(self.pane_ns)
+        if self._outcome.findings and self.on_found is not None:
+            self.on_found()
+        self.scorer.close_windows()
+        self.windows_ns = self.pane_ns
         bound = self.scorer.buffer.closed_until_ns
         self._held = [held for held in self._held if held[1] >= bound]
 
@@ -276,7 +291,7 @@ class Site:
         if prior is not None:
             # Worked out even where it is out already: to ask the graph may make it embed hosts anew.
             batches = list(embeddings_of(closed, prior, self.settings.windows.window))
-            if self.pane_ns > self.out.pane_ns:
+            if self.pane_ns > self.out.windows_ns:
                 self._outcome.embeddings += batches
 
     # ---- what has been learnt ----
@@ -294,6 +309,7 @@ class Site:
         return arrays, {
             "version": VERSION, "fingerprint": fingerprint(self.settings), "detector": detector,
             "buffer": self.scorer.buffer.state(), "position": self.position, "pane_ns": self.pane_ns,
+            "known_until_ns": self.scorer.known_until_ns,
             "pane": self._pane, "now_ns": self._now_ns, "seen": copy.deepcopy(self._seen),
             "counters": asdict(self.counters), "scorer": asdict(self.scorer.counters),
             "raised": dict(self.scorer.raised), "looked_at": self._looked_at,
@@ -327,6 +343,7 @@ class Site:
     def _restore(self, arrays: dict[str, npt.NDArray[Any]], values: dict[str, Any]) -> None:
         self.scorer.buffer.restore(values["buffer"])
         self.position, self.pane_ns, self._pane = values["position"], values["pane_ns"], values["pane"]
+        self.windows_ns, self.scorer.known_until_ns = self.pane_ns, values["known_until_ns"]
         self._now_ns, self._seen, self._looked_at = values["now_ns"], values["seen"], tuple(values["looked_at"])
         self.counters = SiteCounters(**values["counters"])
         self.scorer.counters = type(self.scorer.counters)(**values["scorer"])
@@ -334,7 +351,24 @@ class Site:
         self._held = [(int(o), int(last), int(now)) for o, last, now in arrays["site/held"]]
         self._again = {offset: now for offset, _, now in self._held}
         # What is in a snapshot is out: it was written after the commit.
-        self.out = Progress(max(self.out.pane_ns, self.pane_ns), max(self.out.next, self.position))
+        self.out = Progress(
+            max(self.out.pane_ns, self.pane_ns),
+            max(self.out.windows_ns, self.windows_ns),
+            max(self.out.next, self.position),
+        )
+
+
+def read_columns(value: bytes) -> pa.Table:
+    """Of a batch (`publish.serialise`) the columns that are scored, checked. Raises pa.ArrowException, OSError."""
+    buffer = pa.py_buffer(value)
+    with pa.ipc.open_stream(buffer) as reader:
+        fields = [i for i, name in enumerate(reader.schema.names) if name in COLUMNS]
+    options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+    with pa.ipc.open_stream(buffer, options=options) as reader:
+        table = reader.read_all()
+    # Foreign bytes may be Arrow with indices that point nowhere.
+    table.validate(full=True)
+    return table
 
 
 def fingerprint(settings: Settings) -> dict[str, str]:

@@ -350,12 +350,14 @@ def test_offsets_move_up_to_the_oldest_open_window_and_the_commit_says_what_is_o
     log, clock = memory()
     publish(log, batches, clock)
     scoring = run(log, settings())
-    committed = log.committed("flowsage-scorer", FLOWS)[0]
     at = site(scoring)
+    scoring.close()
+    committed = log.committed("flowsage-scorer", FLOWS)[0]
     closed_until = at.scorer.buffer.closed_until_ns
     with_open = [n for n, b in enumerate(batches) if any(t >= closed_until for t in starts(b))]
     assert committed.offset == at.oldest_open == with_open[0] < at.position == len(batches)
-    assert Progress.of(committed) == Progress(at.pane_ns, len(batches))
+    assert Progress.of(committed) == Progress(at.pane_ns, at.windows_ns, len(batches))
+    assert at.pane_ns == at.windows_ns
 
 
 def starts(batch: Batch) -> list[int]:
