@@ -32,7 +32,7 @@ from flowsage.collector.errors import (
     RejectedError,
     UnknownProgramError,
 )
-from flowsage.collector.kernel_headers import find_headers
+from flowsage.collector.kernel_headers import KernelHeaders, find_headers, shown_to_bcc
 
 _alone = threading.Lock()
 """BCC changes the working directory, reads the environment and writes to stderr."""
@@ -153,15 +153,15 @@ class BccObject:
         lines = [f"#define {macro} {value}" for macro, value in self._defines.items()]
         for name in self._settings:
             value = self._values.get(name)
-            fields = [] if value is None else [f".{f} = {getattr(value, f)}ULL" for f, *_ in value._fields_ if f != "pad"]
+            fields = (
+                [] if value is None else [f".{f} = {getattr(value, f)}ULL" for f, *_ in value._fields_ if f != "pad"]
+            )
             lines.append(f"#define SETTINGS_OF_{name} {', '.join(fields)}")
         return "\n".join([*lines, "#line 1", ""])
 
     def _compiled(self) -> AbstractContextManager[tuple[Any, Any]]:
-        headers = find_headers(self._headers)
-        flags = ["-DFLOWSAGE_BCC", "-w", f"-I{self.path.resolve().parent}", *(headers.flags() if headers else ())]
-        environment = {"BCC_KERNEL_SOURCE": str(headers.source)} if headers else {}
-        return _compile(self._prelude() + self._text, flags, environment, self.path)
+        flags = ["-DFLOWSAGE_BCC", "-w", f"-I{self.path.resolve().parent}"]
+        return _compile(self._prelude() + self._text, flags, find_headers(self._headers), self.path)
 
 
 def _sources(path: Path) -> Iterator[str]:
@@ -193,28 +193,21 @@ def _bcc() -> tuple[Any, Any]:
 
 
 @contextmanager
-def _compile(text: str, flags: list[str], environment: dict[str, str], path: Path) -> Iterator[tuple[Any, Any]]:
+def _compile(text: str, flags: list[str], headers: KernelHeaders | None, path: Path) -> Iterator[tuple[Any, Any]]:
     """BCC's compiled module and its C library, for the block."""
     bpf, library = _bcc()
-    with _alone, tempfile.TemporaryFile() as said:
-        before = {name: os.environ.get(name) for name in environment}
+    with _alone, tempfile.TemporaryFile() as said, shown_to_bcc(headers) as more:
         stderr = os.dup(2)
-        os.environ.update(environment)
         sys.stderr.flush()
         os.dup2(said.fileno(), 2)
         try:
-            made = bpf(text=text.encode(), cflags=flags)
+            made = bpf(text=text.encode(), cflags=[*flags, *more])
         except Exception as error:  # BCC raises nothing more special
             said.seek(0)
             raise _refusal(said.read().decode(errors="replace"), path) from error
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
     try:
         yield made.module, library
     finally:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from flowsage.collector.errors import KernelSupportError
 
 MARK = Path("include/linux/kconfig.h")
 """What a source tree has and a tree of generated headers has not; BCC asks for the same file."""
+SOURCE_VARIABLE = "BCC_KERNEL_SOURCE"
 IN_KERNEL = Path("/sys/kernel/kheaders.tar.xz")
 """Headers that the kernel carries (CONFIG_IKHEADERS); BCC unpacks them below /tmp."""
 
@@ -63,6 +66,23 @@ def find_headers(given: Path | None = None, *, root: Path = Path("/")) -> Kernel
         "compiling for the kernel at run time needs kernel headers, and none are below /lib/modules or /usr/src; "
         "install the package linux-headers-amd64 (or that of your architecture; another version's will do)"
     )
+
+
+@contextmanager
+def shown_to_bcc(headers: KernelHeaders | None) -> Iterator[list[str]]:
+    """BCC finds the headers within the block, by an environment variable; yields the compiler flags that it needs."""
+    if headers is None:
+        yield []
+        return
+    before = os.environ.get(SOURCE_VARIABLE)
+    os.environ[SOURCE_VARIABLE] = str(headers.source)
+    try:
+        yield headers.flags()
+    finally:
+        if before is None:
+            del os.environ[SOURCE_VARIABLE]
+        else:
+            os.environ[SOURCE_VARIABLE] = before
 
 
 def _tree(build: Path, beside: Path) -> KernelHeaders | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from scapy.all import IP, UDP, Ether
 
+from flowsage.collector.kernel_headers import find_headers, shown_to_bcc
 from flowsage.collector.program import FlowSettings, flow_program
 from flowsage.collector.testrun import measure
 from tests.bench.rows import Row
@@ -51,35 +49,12 @@ def drained() -> float:
     return statistics.median(times)
 
 
-@contextmanager
-def kernel_headers() -> Iterator[None]:
-    """/lib/modules/RELEASE/{build,source} for the block, where bcc looks; another version's headers serve XDP."""
-    home = Path("/lib/modules") / os.uname().release
-    if (home / "build").exists():
-        yield
-        return
-    common = max(Path("/usr/src").glob("linux-headers-*-common"))
-    build = max(p for p in Path("/usr/src").glob("linux-headers-*") if not p.name.endswith("-common"))
-    made = [p for p in (home, *home.parents) if not p.exists()]
-    home.mkdir(parents=True, exist_ok=True)
-    links = {home / "build": build, home / "source": common}
-    try:
-        for link, target in links.items():
-            link.symlink_to(target)
-        yield
-    finally:
-        for link in links:
-            link.unlink(missing_ok=True)
-        for folder in made:
-            folder.rmdir()
-
-
 def called_back() -> float:
     """Nanoseconds a record of bcc's `ring_buffer_consume` with a Python callback that casts the record."""
     from bcc import BPF
 
-    with kernel_headers():
-        bpf = BPF(text=BCC_SOURCE, cflags=["-w"])
+    with shown_to_bcc(find_headers()) as flags:
+        bpf = BPF(text=BCC_SOURCE.encode(), cflags=["-w", *flags])
     function = bpf.load_func("fill", BPF.XDP)
     seen = 0
 
