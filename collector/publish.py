@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol, Self
 
 import pyarrow as pa
@@ -182,11 +183,11 @@ class Publisher(Sink):
     site        sensors of one site share a partition, and so a scorer; default: every sensor by itself
     spool       where batches wait that the log does not take; None: they are lost, counted
     retry_s     how long to leave the log alone after a refusal
-    patience_s  how long `put` waits for a log that takes its time; what waits in the spool is patient
+    patience_s  how long `put` waits for a log that takes its time, before it spools
 
-    `start` has a thread of its own send what waits, and `put` spools whenever the log is slow: nothing that a log does
-    holds the sensor up for longer than `patience_s`, and that once an outage. Without it, what waits is sent by `put`
-    and `ready`.
+    With `patience_s` a thread (`start`) sends what waits: nothing that a log does holds the sensor up for longer, and
+    that once an outage; until the thread has met the log, everything is spooled. Without it (a log in this process)
+    there is no thread, and what waits is sent by `put` and `ready`.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class Publisher(Sink):
         topic: str = FLOWS_TOPIC,
         spool: Spool | None = None,
         retry_s: float = 1.0,
-        patience_s: float = 0.25,
+        patience_s: float | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log = log
@@ -213,7 +214,7 @@ class Publisher(Sink):
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._direct = True
+        self._direct = patience_s is None
         self._counts = PublishCounts()
         self._dropped = 0
         if spool is not None:
@@ -226,17 +227,22 @@ class Publisher(Sink):
         with self._changed:
             return replace(self._counts, lost=dict(self._counts.lost))
 
-    def start(self) -> Publisher:
-        """Send what waits from a thread; the log is met there first, since to find its brokers may take long."""
-        assert self._spool is not None, "what would wait has nowhere to wait"
-        self._direct = False
-        self._thread = threading.Thread(target=self._work, name="flowsage-publisher", daemon=True)
-        self._thread.start()
+    @property
+    def directory(self) -> Path | None:
+        """Where it has to be able to write."""
+        return self._spool.directory if self._spool is not None else None
+
+    def start(self) -> Self:
+        """Send what waits from a thread, if the log is one to be patient with."""
+        if self._patience_s is not None and self._thread is None:
+            assert self._spool is not None, "what would wait has nowhere to wait"
+            self._thread = threading.Thread(target=self._work, name="flowsage-publisher", daemon=True)
+            self._thread.start()
         return self
 
     def ready(self) -> bool:
         """Nothing waits in the spool, or everything has just left it: a heartbeat would not have to wait."""
-        if self._thread is None:
+        if self._patience_s is None:
             self.drain()
         return self._monotonic() >= self._retry_at and not self._waiting()
 
@@ -246,14 +252,13 @@ class Publisher(Sink):
 
     def put(self, batch: pa.RecordBatch, origin: Origin) -> None:
         """Append `batch`, or spool it. Never raises for what the log or the disk does."""
-        if self._thread is None:
+        if self._patience_s is None:
             self.drain()
         value, records = serialise(batch, origin), len(batch)
         fate: str | None = "log refused, no spool"
         # Nothing overtakes what waits: a newer watermark before older records would make them late.
         if self._direct and not self._waiting():
-            timeout_s = None if self._thread is None else self._patience_s
-            fate = self._append(value, origin, timeout_s)
+            fate = self._append(value, origin, self._patience_s)
         with self._changed:
             self._counts.handed += records
             self._counts.batches += 1
@@ -337,7 +342,7 @@ class Publisher(Sink):
             with self._changed:
                 self._counts.failures += 1
                 self._retry_at = self._monotonic() + self._retry_s
-                self._direct = self._thread is None
+                self._direct = self._patience_s is None
             return "log refused, no spool"
         if self._retry_at > float("-inf"):
             logger.info("the log takes flow records again")
@@ -382,6 +387,6 @@ class Publisher(Sink):
             self._thread.join(timeout_s)
         if self._thread is None or not self._thread.is_alive():
             self._retry_at = min(self._retry_at, self._monotonic())
-            self.drain(None if self._thread is None else timeout_s, self._monotonic() + timeout_s)
+            self.drain(None if self._patience_s is None else timeout_s, self._monotonic() + timeout_s)
         if self._spool is not None:
             self._spool.close()

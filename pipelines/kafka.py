@@ -424,7 +424,8 @@ class KafkaConsumer(Consumer):
         self._client = log.new_client(
             group_id=group,
             session_timeout_ms=int(log.session_timeout_s * 1000),
-            heartbeat_interval_ms=int(log.session_timeout_s * 250),
+            # Members hear of a rebalance by their next heartbeat, and one often takes several rounds.
+            heartbeat_interval_ms=int(log.session_timeout_s * 100),
             partition_assignment_strategy=(CooperativeStickyAssignor,),
         )
         self._client.subscribe([topic], listener=_Rebalances(self))

@@ -323,12 +323,27 @@ def test_a_log_that_hangs_holds_the_sensor_up_once_and_everything_follows_in_ord
     assert publisher.counts.balance == 0
 
 
+def test_before_it_has_met_the_log_a_patient_publisher_spools_and_asks_nothing_of_it(tmp_path):
+    log = SlowLog()
+    publisher = Publisher(log, sensor="edge", spool=Spool(tmp_path), patience_s=0.05)
+    agent = Agent(publisher)
+    for i in range(3):
+        agent.put(batch(2, 2 * i))
+    assert not publisher.ready()
+    assert log.asked == []
+    assert publisher.counts.pending == 6
+    publisher.start()
+    until(publisher.ready)
+    publisher.close()
+    assert delivered(log) == list(range(6))
+
+
 def test_a_batch_that_is_being_sent_is_not_the_one_that_makes_room(tmp_path):
     log = SlowLog()
     log.goes.clear()
     size = len(serialise(batch(100), Origin(sensor="edge", boot="b00t", sequence=0, watermark_ns=0)))
     spool = Spool(tmp_path, max_bytes=3 * size + 100)
-    publisher = Publisher(log, sensor="edge", spool=spool, retry_s=0.05).start()
+    publisher = Publisher(log, sensor="edge", spool=spool, retry_s=0.05, patience_s=0.05).start()
     agent = Agent(publisher)
     agent.put(batch(100, 0))
     until(lambda: bool(log.asked))

@@ -4,7 +4,9 @@ What is in the topic is counted by a plain kafka-python consumer that knows noth
 """
 
 import itertools
+import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -20,11 +22,14 @@ import pytest
 
 from flowsage.collector.errors import LogError, LogUnavailableError, RecordTooLargeError
 from flowsage.collector.publish import Origin, Publisher
+from flowsage.collector.records import packets_in
 from flowsage.collector.spool import Spool
 from flowsage.pipelines.config import KafkaSettings
 from flowsage.pipelines.kafka import KafkaLog
+from flowsage.pipelines.topics import flows_topic, look_after, topics
 from tests.broker import PASSWORD, Broker, make_brokers
 from tests.collector.test_publish import batch, noise
+from tests.collector.wires import Wire, eventually, start_blast, wire
 
 ROWS = 200
 PATIENCE_S = 0.3
@@ -33,12 +38,14 @@ PATIENCE_S = 0.3
 class Sensor:
     """A publisher to Kafka, and the batches that an agent would hand it."""
 
-    def __init__(self, settings: KafkaSettings, topic: str, spool: Path, *, boot: str = "b00t", first: int = 0) -> None:
-        self.log = KafkaLog(settings, timeout_s=3)
+    def __init__(
+        self, settings: KafkaSettings, topic: str, spool: Path, *, boot: str = "b00t", timeout_s: float = 3
+    ) -> None:
+        self.log = KafkaLog(settings, timeout_s=timeout_s)
         self.publisher = Publisher(
             self.log, sensor="edge", site="here", topic=topic, spool=Spool(spool), retry_s=0.2, patience_s=PATIENCE_S
         ).start()
-        self.boot, self.sequence = boot, first
+        self.boot, self.sequence = boot, 0
         self.slowest_s = 0.0
 
     def put(self, rows: int = ROWS, *, make: Callable[[int, int], pa.RecordBatch] = batch) -> None:
@@ -72,8 +79,8 @@ class Sensor:
         self.log.close()
 
 
-def audit(bootstrap: str, topic: str, **security: object) -> dict[str, list[int]]:
-    """What an independent reader finds: boot → the first start_ns of each of its batches, repeats left out.
+def arrivals(bootstrap: str, topic: str, **security: object) -> Iterator[tuple[str, int, pa.Table]]:
+    """What an independent reader finds, repeats left out: boot, number and flows of each batch.
 
     Batches have to be in order and whole: repeats of earlier ones aside, numbers go up by one.
     """
@@ -84,19 +91,26 @@ def audit(bootstrap: str, topic: str, **security: object) -> dict[str, list[int]
     consumer.assign(parts)
     consumer.seek_to_beginning(*parts)
     ends = consumer.end_offsets(parts)
-    found: dict[str, list[int]] = {}
+    following: dict[str, int] = {}
     while any(consumer.position(p) < ends[p] for p in parts):
         for record in itertools.chain.from_iterable(consumer.poll(timeout_ms=1000).values()):
             boot, _, number = dict(record.headers)["ce_id"].decode().partition("/")
-            batches = found.setdefault(boot, [])
+            expected = following.setdefault(boot, 0)
             assert record.key == b"edge"
-            assert int(number) <= len(batches), f"batch {len(batches)} of {boot} is missing before {number}"
-            if int(number) == len(batches):
+            assert int(number) <= expected, f"batch {expected} of {boot} is missing before {number}"
+            if int(number) == expected:
+                following[boot] += 1
                 with pa.ipc.open_stream(record.value) as reader:
-                    times = reader.read_all()["start_ns"].to_pylist()
-                batches.append(len(times))
-                assert times == list(range(ROWS * int(number), ROWS * int(number) + len(times)))
+                    yield boot, expected, reader.read_all()
     consumer.close()
+
+
+def audit(bootstrap: str, topic: str, **security: object) -> dict[str, list[int]]:
+    """How many flows are in each batch of each boot; they are the flows that `Sensor.put` made."""
+    found: dict[str, list[int]] = {}
+    for boot, number, table in arrivals(bootstrap, topic, **security):
+        found.setdefault(boot, []).append(len(table))
+        assert table["start_ns"].to_pylist() == list(range(ROWS * number, ROWS * number + len(table)))
     return found
 
 
@@ -138,7 +152,7 @@ def test_a_broker_that_is_not_there_at_first_is_waited_for_and_then_gets_everyth
     topic = topic_of(mortal)
     mortal.kill()
     sensor = Sensor(mortal.settings(), topic, tmp_path)
-    sensor.put_until(lambda: sensor.publisher.counts.failures > 1)
+    sensor.put_until(lambda: sensor.publisher.counts.failures > 0)
     assert sensor.publisher.counts.acknowledged == 0
     assert sensor.slowest_s < 2, "nobody waits for a broker that is not there"
     mortal.start()
@@ -195,6 +209,75 @@ def test_a_sensor_that_is_killed_with_batches_on_disk_is_followed_by_one_that_se
     assert found["first"] in ([ROWS] * taken, [ROWS] * (taken + 1))
 
 
+COLLECTED = """
+    import json, sys
+    from pathlib import Path
+    from flowsage.collector.agent import AgentSettings
+    from flowsage.collector.collect import collect
+    from flowsage.pipelines.config import load
+    from flowsage.pipelines.sensor import kafka_publisher
+
+    told = json.loads(sys.argv[1])
+    agent = AgentSettings(
+        name="edge", interfaces=(told["port"],), netns=told["netns"], pins=Path(told["pins"]), table_entries=65_536,
+        ring_bytes=4 << 20, idle_timeout=200_000_000, poll_interval=10_000_000, sweep_interval=50_000_000,
+    )
+    settings = load(None, {"sensor": {"name": "edge"}, "kafka": told["kafka"]})
+    with kafka_publisher(settings) as publisher:
+        ledger = collect(agent, publisher, on_ready=lambda _: print("ready", file=sys.stderr, flush=True))
+    print(ledger.to_json())
+"""
+
+
+def test_packets_of_a_sensor_that_is_killed_during_an_outage_are_all_in_the_topic_once(
+    mortal: Broker, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    name = f"test-{uuid.uuid4().hex}"
+    look_after(mortal.settings(), topics(name), create=True)
+    flows, each = 4_000, 15
+    pins = Path(f"/sys/fs/bpf/fskafka{os.getpid()}")
+
+    def start(cable: Wire) -> subprocess.Popen[str]:
+        where = {"bootstrap_servers": mortal.bootstrap, "prefix": name, "spool": str(tmp_path)}
+        told = json.dumps({"port": cable.port, "netns": cable.near, "pins": str(pins), "kafka": where})
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(COLLECTED), told],
+            cwd=request.config.rootpath,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr
+        assert "ready\n" in iter(process.stderr.readline, "")
+        return process
+
+    with wire() as cable:
+        process = start(cable)
+        blast = start_blast(cable, flows=flows, packets=flows * each, rate=10_000)
+        log = KafkaLog(mortal.settings())
+        eventually(lambda: any(log.end_offsets(flows_topic(name)).values()))
+        log.close()
+        mortal.kill()
+        eventually(lambda: len(list(tmp_path.glob("*.arrows"))) > 5)
+        process.kill()
+        process.communicate()
+        process = start(cable)
+        assert blast.stdout
+        sent = int(blast.stdout.read())
+        blast.stdout.close()
+        blast.wait()
+        mortal.start()
+        eventually(lambda: not list(tmp_path.glob("*.arrows")), 30)
+        process.terminate()
+        out, said = process.communicate(timeout=30)
+    ledger = json.loads(out)
+    assert process.returncode == 0, said
+    assert sent == flows * each == ledger["packets"] == ledger["delivered"]["packets"]
+    assert (ledger["balance"], ledger["records_balance"], ledger["records"]["pending"]) == (0, 0, 0)
+    assert not any(ledger["records"]["lost"].values())
+    assert sum(packets_in(table) for _, _, table in arrivals(mortal.bootstrap, flows_topic(name))) == sent
+
+
 def test_a_broker_that_accepts_and_says_nothing_holds_the_sensor_up_no_longer_than_it_is_patient(
     mortal: Broker, tmp_path: Path
 ) -> None:
@@ -230,7 +313,7 @@ def test_a_batch_that_the_topic_does_not_take_is_a_named_loss_and_the_others_go_
     assert counts.lost == {"too large for the log": 2000}
     assert (counts.acknowledged, counts.balance) == (3 * ROWS, 0)
     with pytest.raises(RecordTooLargeError, match="no record of this size"):
-        sensor.log.append(topic, b"edge", bytes(30_000))
+        sensor.log.append(topic, b"edge", os.urandom(30_000))
     sensor.close()
 
 
@@ -293,14 +376,14 @@ def test_over_tls_with_scram_everything_arrives_and_the_secret_is_in_no_message(
     assert sensor.log.end_offsets(topic)
     sensor.close()
     wrong = "wr0ng-and-secret"
-    refused = Sensor(broker.tls_settings(sasl_plain_password=wrong), topic, tmp_path / "wrong")
+    refused = Sensor(broker.tls_settings(sasl_plain_password=wrong), topic, tmp_path / "wrong", timeout_s=1.5)
     refused.put()
     refused.wait_for(lambda: refused.publisher.counts.failures > 0)
     assert (refused.publisher.counts.pending, refused.publisher.counts.balance) == (ROWS, 0)
     with pytest.raises(LogError, match="refuses us"):
         refused.log.append(topic, b"k", b"v")
     refused.close()
-    untrusted = KafkaLog(broker.tls_settings(ssl_cafile=""), timeout_s=2)
+    untrusted = KafkaLog(broker.tls_settings(ssl_cafile=""), timeout_s=1)
     with pytest.raises(LogUnavailableError, match="settings for TLS"):
         untrusted.append(topic, b"k", b"v")
     untrusted.close()
