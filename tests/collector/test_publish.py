@@ -18,6 +18,7 @@ from flowsage.collector.errors import ConfigurationError, LogUnavailableError, R
 from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, deserialise, serialise
 from flowsage.collector.records import FLOW_SCHEMA, RECORD_DTYPE, to_batch
 from flowsage.collector.spool import Spool
+from flowsage.graph.flows import from_table
 from flowsage.pipelines.memory_log import MemoryLog
 
 
@@ -95,6 +96,18 @@ def test_a_batch_is_one_log_record_that_tells_whose_it_is():
     assert table["start_ns"].to_pylist() == [3, 4]
     assert publisher.counts.acknowledged == 5
     assert publisher.counts.balance == 0
+
+
+def test_a_reader_of_version_1_reads_what_a_later_writer_adds():
+    later = pa.Table.from_batches([batch(3)]).append_column("process", pa.array(["a", "b", None]))
+    [widened] = later.combine_chunks().to_batches()
+    value = serialise(widened, Origin(sensor="edge", boot="b00t", sequence=7, watermark_ns=42))
+    table = deserialise(value)
+    table = table.replace_schema_metadata({**table.schema.metadata, b"flowsage.schema": b"2", b"flowsage.new": b"1"})
+    assert Origin.of(table) == Origin(sensor="edge", boot="b00t", sequence=7, watermark_ns=42)
+    read, known = from_table(table), from_table(batch(3))
+    assert read.start_ns.tolist() == known.start_ns.tolist() == [0, 1, 2]
+    assert read.hosts.names.equals(known.hosts.names)
 
 
 def test_an_outage_is_spooled_and_follows_in_order(tmp_path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 
 from flowsage.collector.errors import ConfigurationError
 from flowsage.pipelines.config import load
@@ -68,3 +69,43 @@ def test_an_unknown_variable_with_our_prefix_is_refused(monkeypatch: pytest.Monk
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"absent.toml: No such file"):
         load(tmp_path / "absent.toml")
+
+
+KAFKA = """
+[kafka]
+bootstrap_servers = ["kafka1:9093", "kafka2:9093"]
+security_protocol = "SASL_SSL"
+sasl_mechanism = "SCRAM-SHA-512"
+sasl_plain_username = "sensor"
+sasl_plain_password = "h1dden"
+ssl_cafile = "/etc/ca.pem"
+ssl_check_hostname = false
+"""
+
+
+def test_kafka_settings_pass_through_under_kafka_pythons_own_names_and_secrets_show_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(KAFKA)
+    settings = load(tmp_path / "c.toml")
+    client = settings.kafka.client()
+    assert client["sasl_plain_password"] == "h1dden"
+    assert client["bootstrap_servers"] == ["kafka1:9093", "kafka2:9093"]
+    assert client["ssl_check_hostname"] is False
+    assert set(client) <= set(KafkaProducer.DEFAULT_CONFIG) & set(KafkaConsumer.DEFAULT_CONFIG)
+    assert set(client) <= set(KafkaAdminClient.DEFAULT_CONFIG)
+    assert "ssl_keyfile" not in client, "what is not set is left to kafka-python"
+    for text in (settings.to_toml(), str(settings), repr(client), f"{settings.kafka!r}"):
+        assert "h1dden" not in text
+        assert "sensor" in text
+
+
+def test_a_wrong_secret_is_named_and_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[kafka]\nsasl_plain_password = ['h1dden']\n")
+    with pytest.raises(ConfigurationError, match=r"kafka\.sasl_plain_password") as error:
+        load(tmp_path / "c.toml")
+    assert "h1dden" not in str(error.value)
+    (tmp_path / "c.toml").write_text("[kafka]\nsasl_plain_pasword = 'h1dden'\n")
+    with pytest.raises(ConfigurationError, match=r"did you mean 'kafka\.sasl_plain_password'") as error:
+        load(tmp_path / "c.toml")
+    assert "h1dden" not in str(error.value)
+    monkeypatch.setenv("FLOWSAGE_KAFKA__SASL_PLAIN_PASSWORD", "h1dden")
+    assert load().kafka.client()["sasl_plain_password"] == "h1dden"
