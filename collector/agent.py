@@ -98,6 +98,7 @@ class AgentSettings:
             wake_bytes=self.ring_bytes // 2,
             mirror=self.mirror,
             dedupe=self.dedupe,
+            egress=self.egress,
         )
 
 

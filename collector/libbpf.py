@@ -74,6 +74,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_program__name": (_TEXT, (_POINTER,)),
     "bpf_program__fd": (_FD, (_POINTER,)),
     "bpf_program__type": (ct.c_int, (_POINTER,)),
+    "bpf_program__set_autoload": (ct.c_int, (_POINTER, ct.c_bool)),
     "bpf_map__name": (_TEXT, (_POINTER,)),
     "bpf_map__fd": (_FD, (_POINTER,)),
     "bpf_map__set_max_entries": (ct.c_int, (_POINTER, ct.c_uint32)),
@@ -186,6 +187,11 @@ class Object:
     def reuse(self, name: str, fd: int) -> None:
         """Before load: the programs use this map, which is there already, for theirs of that name."""
         check(self._lib.bpf_map__reuse_fd(self._map(name), fd), f"keeping {name} for {self.path}")
+
+    def skip(self, name: str) -> None:
+        """Before load: leave a program out; nothing is wrong where there is none of that name."""
+        if name in self.programs:
+            check(self._lib.bpf_program__set_autoload(self.programs[name], False), f"leaving out {name}")
 
     def resize(self, name: str, entries: int) -> None:
         """Before load: the number of entries (a ring: of bytes)."""

@@ -27,7 +27,7 @@ from flowsage.collector.xdp import Attachment, EBPFAttachMode, attach, attached_
 
 logger = logging.getLogger(__name__)
 
-PROGRAMS = ("flow_xdp", "flow_expire", "flow_egress")
+PROGRAMS = ("flow_xdp", "flow_expire")
 MAPS = (*KEPT, ".data.input")
 STATE = "state"
 
@@ -139,7 +139,7 @@ class Lifetime:
                     opened.reuse(name, kept.map_fd(name))
             opened.load()
             program.adopt(opened)
-            for name in PROGRAMS:
+            for name in (*PROGRAMS, "flow_egress") if self._settings.egress else PROGRAMS:
                 held.put(opened.program_fd(name), f"program-{name}", generation)
             for name in MAPS:
                 held.put(opened.map_fd(name), f"map-{name}", generation)
