@@ -122,8 +122,10 @@ def encode_addresses(addresses: npt.NDArray[np.uint8], ip_version: npt.NDArray[n
     if mapped.all() and (ip_version == 4).all():
         # The common case: IPv4 only, and four bytes hash twice as fast as sixteen.
         words = np.ascontiguousarray(addresses.view("<u4")[:, 3])
-        encoded = pa.array(words).dictionary_encode()
-        octets = encoded.dictionary.to_numpy().view(np.uint8).reshape(-1, 4)
+        # Not `pa.array`, nor `to_numpy`: they import pandas where it is installed.
+        encoded = pa.Array.from_buffers(pa.uint32(), n, [None, pa.py_buffer(words)]).dictionary_encode()
+        distinct = encoded.dictionary
+        octets = np.frombuffer(distinct.buffers()[1], np.uint8, 4 * len(distinct)).reshape(-1, 4)
         return pa.DictionaryArray.from_arrays(encoded.indices, _ipv4_names(octets))
     ambiguous = bool((mapped & (ip_version == 6)).any())
     keys = np.column_stack([addresses, ip_version]) if ambiguous else addresses
