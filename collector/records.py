@@ -120,7 +120,7 @@ icmp_type and icmp_code are −1 where they do not apply; handshake_ns is null u
 
 
 def fixed(values: npt.NDArray[Any], kind: pa.DataType, valid: npt.NDArray[np.bool_] | None = None) -> pa.Array:
-    """`values` [n], contiguous and of the width of `kind`, as an Arrow array over the same memory; null where not `valid`.
+    """`values` [n], contiguous, of the width of `kind`, as an Arrow array over the same memory; null where not `valid`.
 
     What `pa.array` does, but that imports pandas where it is installed: 0.3 s and 50 MB that a sensor has no use for.
     """
@@ -159,7 +159,9 @@ def to_batch(records: npt.NDArray[Any], *, clock_offset_ns: int, sensor: str) ->
         *(way["bytes"].astype(np.int64) for way in ways),
         pa.DictionaryArray.from_arrays(
             fixed(np.zeros(n, np.int32), pa.int32()),
-            pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, len(name)], np.int32)), pa.py_buffer(name)]),
+            pa.Array.from_buffers(
+                pa.string(), 1, [None, pa.py_buffer(np.array([0, len(name)], np.int32)), pa.py_buffer(name)]
+            ),
         ),
         version,
         *(np.ascontiguousarray(way["tcp_flags"]) for way in ways),
