@@ -206,7 +206,8 @@ def contributions(  # type: ignore[no-untyped-def]
         out[PORTS] = 1.0
         if tcp and inside[0] and inside[1] and _among(port, ADMIN_PORTS):
             out[LATERAL] = 1.0
-        if not np.isnan(tail):
+        # Relations are known among our own hosts; of the world's each is met by few, and for no reason that shows.
+        if inside[1] and not np.isnan(tail):
             out[MEETING] = min(SURPRISE_MOST, max(0.0, -np.log(max(tail, 1e-12)) - SURPRISE))
     if new_service:
         out[NOVELTY] = min(SURPRISE_MOST, max(0.0, surprise - SURPRISE))

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from flowsage.graph.addresses import Internal
 from flowsage.pipelines.enterprise import ATTACKS, Simulation, simulate
 from tests.evaluate import measures
 from tests.evaluate.bars import BUDGETS, FULL, INJECTED, SMALL, UNDIRECTED
@@ -111,7 +112,8 @@ def ablation(data: Path | None = None, priors: tuple[str, ...] = PRIORS) -> dict
 
 
 def meetings(flows: pd.DataFrame, tails: np.ndarray | None) -> dict[str, Area]:
-    """Area of −tail over what was asked about, of all attacks and of each kind against everything benign."""
+    """Area of −tail over what was asked about: "all", those with hosts of our own ("inside"), and among these each
+    kind of attack against everything benign."""
     if tails is None:
         return {}
     asked = np.isfinite(tails)
@@ -121,9 +123,12 @@ def meetings(flows: pd.DataFrame, tails: np.ndarray | None) -> dict[str, Area]:
     part = part.assign(w=part.start_ns // measures.MINUTE_NS)
     once = part.drop_duplicates(["w", "src_ip", "dst_ip", "dst_port"])
     y, s = once.label.to_numpy(), -once.plausible.to_numpy()
-    out = {"all": measures.area(y, s)}
-    for name in sorted(set(once.kind) - {""}):
-        chosen = (y == 0) | (once.kind == name).to_numpy()
+    names = once.dst_ip.astype(str)
+    ours = {n: Internal().one(n) for n in names.unique()}
+    inside = names.map(ours).to_numpy(np.bool_)
+    out = {"all": measures.area(y, s), "inside": measures.area(y[inside], s[inside])}
+    for name in sorted(set(once.kind[inside]) - {""}):
+        chosen = inside & ((y == 0) | (once.kind == name).to_numpy())
         out[name] = measures.area(y[chosen], s[chosen])
     return out
 

@@ -164,19 +164,18 @@ def _ablation(results: Mapping[str, Result]) -> str:
         rows = []
         for p in PRIORS:
             areas, found = done.values["meetings"].get(p, {}), done.values["found"][p]
-            shares = [
-                f"{k}/{n}" for n, k, _ in (found.by_kind.get(kind, (0, 0, [])) for kind in kinds if kind != "all")
-            ]
+            shares = [f"{k}/{n}" for n, k, _ in found.by_kind.values()]
             rows.append([p, *[str(areas[k]) if k in areas else "" for k in kinds], *shares, str(found.false)])
-        head = ["prior", *kinds, *[f"found {k}" for k in kinds if k != "all"], "false"]
-        parts.append(
-            _grid("What the prior adds, simulated enterprise: first meetings AUC/AP; findings at 10", head, rows)
-        )
+        head = ["prior", *kinds, *[f"found {k}" for k in done.values["found"]["none"].by_kind], "false"]
+        title = "What the prior adds, simulated enterprise: first meetings, all and inside the network, AUC/AP of −tail"
+        parts.append(_grid(f"{title}; found, and false, at budget 10", head, rows))
     files = [n for n in bars.FILES if f"ablate {n}" in results]
     rows = []
     for p in PRIORS[1:]:
-        cells = [results[f"ablate {n}"].values["meetings"][p]["all"] for n in files]
-        rows.append([p, *[str(c) if c.base == c.base else "not ready" for c in cells]])
+        cells = [results[f"ablate {n}"].values["meetings"][p] for n in files]
+        told = [str(c[k]) if c[k].base == c[k].base else "not ready" for c in cells for k in ("all", "inside")]
+        rows.append([p, *told])
     if files:
-        parts.append(_grid("The same on labelled files", ["prior", *files], rows))
+        head = ["prior", *[f"{n} {k}" for n in files for k in ("all", "inside")]]
+        parts.append(_grid("The same on labelled files", head, rows))
     return "\n\n".join(parts)
