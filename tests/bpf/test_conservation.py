@@ -7,17 +7,31 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from flowsage.collector.program import Loader
 from flowsage.collector.ring import Records
 from flowsage.collector.testrun import measure
 
-from .support import SECOND, check_ledger, drain_all, flows, loaded, needs_root, tcp, totals, udp, udp_frames
+from .support import (
+    SECOND,
+    both_loaders,
+    check_ledger,
+    drain_all,
+    flows,
+    loaded,
+    needs_root,
+    tcp,
+    totals,
+    udp,
+    udp_frames,
+)
 
 pytestmark = needs_root
 
 
-def test_a_table_of_64_entries_under_ten_thousand_flows_degrades_and_loses_nothing() -> None:
+@both_loaders
+def test_a_table_of_64_entries_under_ten_thousand_flows_degrades_and_loses_nothing(loader: Loader) -> None:
     frames = udp_frames(10_000)
-    with loaded(table_entries=64) as program:
+    with loaded(table_entries=64, loader=loader) as program:
         program.feed(frames, range(SECOND, SECOND + len(frames)))
         counters = check_ledger(program)
         records = drain_all(program)
@@ -40,8 +54,9 @@ def test_a_ring_of_4_kib_names_every_packet_that_fits_nowhere() -> None:
     assert counters["lost_table_packets"] == counters["ring_full"] > 9_000
 
 
-def test_a_ring_of_4_kib_delays_the_end_of_flows_and_loses_none() -> None:
-    with loaded(ring_bytes=4096, idle_ns=SECOND) as program:
+@both_loaders
+def test_a_ring_of_4_kib_delays_the_end_of_flows_and_loses_none(loader: Loader) -> None:
+    with loaded(ring_bytes=4096, idle_ns=SECOND, loader=loader) as program:
         program.feed(udp_frames(1000), [SECOND] * 1000)
         walk = program.expire(3 * SECOND)
         assert (walk.emitted, walk.failed) == (15, 1)
@@ -89,9 +104,18 @@ def test_a_flow_near_the_width_of_its_packet_field_is_cut_and_goes_on() -> None:
         assert int(records["direction"]["packets"].max()) == 1 << 22
 
 
-def _race(frames: list[list[bytes]], rounds: int, *, ring_bytes: int, active_ns: int = 0, flush: bool = True) -> None:
+def _race(
+    frames: list[list[bytes]],
+    rounds: int,
+    *,
+    ring_bytes: int,
+    active_ns: int = 0,
+    flush: bool = True,
+    loader: Loader = "libbpf",
+) -> None:
     """Threads feed at the same time while another expires, flushes and drains; the ledger closes on every packet."""
-    with loaded(external_clock=False, ring_bytes=ring_bytes, idle_ns=0, active_ns=active_ns, linger_ns=1) as program:
+    settings = {"ring_bytes": ring_bytes, "idle_ns": 0, "active_ns": active_ns, "linger_ns": 1}
+    with loaded(external_clock=False, loader=loader, **settings) as program:
         batches: list[Records] = []
         done = threading.Event()
 
@@ -138,7 +162,8 @@ def test_two_cpus_on_the_same_direction_while_it_is_cut_count_every_packet_once(
     _race([[frame] * 1000, [frame] * 1000], 100, ring_bytes=1 << 22, active_ns=20_000, flush=False)
 
 
-def test_connections_ended_from_both_sides_at_once_are_counted_once() -> None:
+@both_loaders
+def test_connections_ended_from_both_sides_at_once_are_counted_once(loader: Loader) -> None:
     """RST, new SYN, FINs and last ACKs of the same few flows on two CPUs, with the walk on top."""
     mix = [
         tcp(f, back=b, sport=s)
@@ -154,7 +179,7 @@ def test_connections_ended_from_both_sides_at_once_are_counted_once() -> None:
             ("S", True),
         )
     ]
-    _race([mix * 40, list(reversed(mix)) * 40], 100, ring_bytes=1 << 22)
+    _race([mix * 40, list(reversed(mix)) * 40], 100, ring_bytes=1 << 22, loader=loader)
 
 
 def test_a_tiny_ring_under_two_cpus_still_closes_the_ledger() -> None:

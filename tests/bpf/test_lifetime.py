@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from flowsage.collector.program import FlowProgram, FlowSettings
+from flowsage.collector.program import FlowProgram, FlowSettings, Loader
 from flowsage.collector.testrun import verdict
 
-from .support import SECOND, check_ledger, drain_all, flows, loaded, needs_root, tcp, udp
+from .support import SECOND, both_loaders, check_ledger, drain_all, flows, loaded, needs_root, tcp, udp
 
 pytestmark = needs_root
 
@@ -232,8 +232,9 @@ def test_a_clock_that_steps_back_ends_nothing() -> None:
     assert record["iat_sum_ns_fwd"] == 10 * SECOND
 
 
+@both_loaders
 @pytest.mark.parametrize("mirror", [False, True])
-def test_a_mirror_port_drops_what_was_counted(mirror: bool) -> None:
-    with loaded(mirror=mirror) as program:
+def test_a_mirror_port_drops_what_was_counted(mirror: bool, loader: Loader) -> None:
+    with loaded(mirror=mirror, loader=loader) as program:
         assert verdict(program.xdp_fd, udp()) == ("XDP_DROP" if mirror else "XDP_PASS")
         assert program.counters()["accounted_packets"] == 1
