@@ -17,6 +17,10 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # tshark, promtool; Java).
 APT := python3-venv clang clang-format llvm make iproute2 ethtool procps libbpf1 libbpf-dev linux-libc-dev bpftool \
        python3-bpfcc linux-headers-amd64 nmap tcpreplay tshark prometheus default-jre-headless openssl
+# Where no Kafka lies beside the checkout, Maven fetches it for the tests.
+ifeq ($(KAFKA_HOME)$(wildcard $(or $(FLOWSAGE_SHARED),../shared)/kafka/lib/kafka_2.13-*.jar),)
+APT += maven
+endif
 # A CPU build of torch where pip offers one: PyTorch's own index first, then what the configured index has.
 TORCH := torch==2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu

