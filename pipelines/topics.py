@@ -134,7 +134,7 @@ class Report:
 def _admin(settings: KafkaSettings, timeout_s: float) -> Iterator[KafkaAdminClient]:
     from kafka import KafkaAdminClient
 
-    from flowsage.pipelines.kafka import connect, translating
+    from flowsage.pipelines.kafka_client import connect, translating
 
     client = settings.client() | {"bootstrap_timeout_ms": int(timeout_s * 1000)}
     with translating("cannot look after the topics"), connect(KafkaAdminClient, client) as admin:
