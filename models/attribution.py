@@ -21,6 +21,7 @@ from flowsage.models.columns import Float64, Int32, Int64
 from flowsage.models.decoder import service_codes
 from flowsage.models.memory import MeetingMemory
 from flowsage.models.network import Network, View, own_signs
+from flowsage.models.sage import threads_for
 
 MOST: Final = 24
 """Newest meetings of either end that are tried."""
@@ -47,15 +48,14 @@ def plausibility(
     memory: MeetingMemory, network: Network, view: View, meeting: tuple[int, int, int], without: Int64
 ) -> float:
     """f of (source slot, target slot, service code), nats, as if the meetings at `without` i64[n] had never been."""
-    hosts = len(memory.hosts)
     rows = np.array(meeting[:2], np.int32)
     graph = memory.graph(rows, without=memory.batch(without) if len(without) else None)
-    index = torch.from_numpy(rows.astype(np.int64))
-    embedding = network.encoder.refresh(graph.x, index, view.embedding[1 : hosts + 1], graph.into, graph.out_of)
+    near = graph.columns + 1
+    embedding = network.encoder.refresh(graph.x, graph.at, view.embedding[near], graph.into, graph.out_of)
     sketch = None
     if view.sketch is not None:
-        known = view.sketch[1 : hosts + 1]
-        sketch = signatures.sketch(own_signs(memory, known), index, known, *graph.sketched)
+        known = view.sketch[near]
+        sketch = signatures.sketch(own_signs(memory, known), graph.at, known, *graph.sketched)
     code = service_codes(np.array(meeting[2:], np.int32))
     tower, _ = network.decoder.sources(embedding[:1], None if sketch is None else sketch[:1], code)
     peer = network.decoder.targets(embedding[1:], None if sketch is None else sketch[1:])
@@ -74,7 +74,8 @@ def attribute(memory: MeetingMemory, network: Network, view: View, meeting: tupl
         for host in dict.fromkeys(meeting[:2])
     ]
     at: Int64 = np.unique(np.concatenate(ends)).astype(np.int64)
-    f = plausibility(memory, network, view, meeting, at[:0])
-    left = np.array([plausibility(memory, network, view, meeting, at[i : i + 1]) for i in range(len(at))])
+    with threads_for(len(at)):
+        f = plausibility(memory, network, view, meeting, at[:0])
+        left = np.array([plausibility(memory, network, view, meeting, at[i : i + 1]) for i in range(len(at))])
     source, target, service = replay.ring[at].T.astype(np.int32)
     return Attribution(f, at, source, target, memory.popularity.service["code"][service], f - left)

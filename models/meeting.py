@@ -24,6 +24,9 @@ from flowsage.models.profiles import FEATURES, Inside
 from flowsage.models.questions import Answers, Candidates, Everybody, answer, draw, first_meetings
 from flowsage.models.sage import Csr, threads_for
 
+LEARNT: Final = 1 << 18
+"""Contacts of a window that are learnt at once, before what is too much is forgotten: bounds the memory of a flood."""
+
 _ASKED = ("hosts", "src", "dst", "service")
 """Columns of contacts that make a question."""
 
@@ -142,6 +145,11 @@ class MeetingPrior:
         return None
 
     @property
+    def _rows(self) -> int:
+        """Rows that are embedded at once: all hosts where there is no view, else a bounded part."""
+        return len(self.memory.hosts) if self._view is None else self.config.refreshed
+
+    @property
     def _speaks(self) -> bool:
         """Whether answers are of use yet, be it only to weigh the graph against popularity."""
         return self.network.steps > 0 or self.waiting is None
@@ -156,14 +164,14 @@ class MeetingPrior:
         left it unasked, and while it is not ready. Changes nothing."""
         tails = np.full(len(contacts), np.nan)
         if self.waiting is None and first.any():
-            with threads_for(len(self.memory.hosts)):
+            with threads_for(self._rows):
                 met = self._answers(contacts, first)
             tails[met.contact] = met.tail
         return tails
 
     def learn(self, contacts: Contacts, first: Bool) -> None:
         """Learn one closed window: what its hosts did, and its first meetings as far as they are plausible."""
-        with threads_for(len(self.memory.hosts)):
+        with threads_for(self._rows):
             self._learn(contacts, first)
 
     def _learn(self, contacts: Contacts, first: Bool) -> None:
@@ -177,24 +185,41 @@ class MeetingPrior:
             self.unasked += int(np.count_nonzero(~asked))
         gate[~contacts.kept[met.contact]] *= c.unanswered
         self._judge(met, gate)
-        source, target = self.memory.see(contacts.hosts, contacts.src, contacts.dst, window)
+        parts = np.arange(0, max(len(contacts), 1), LEARNT)
+        for begin in parts:
+            part = slice(int(begin), int(begin) + LEARNT)
+            some = slice(*np.searchsorted(met.contact, (part.start, part.stop)))
+            self._remember(contacts, part, met, some, gate[some], window, max(1, c.replayed_window // len(parts)))
+        self.windows += 1
+        self._meetings_since += len(met.contact)
+        due = max(c.step_meetings, c.step_share * self.memory.replay.newest)
+        trained = c.graph and self._meetings_since >= due and self._train()
+        if self._speaks:
+            self._refresh(trained)
+
+    def _remember(
+        self, contacts: Contacts, part: slice, met: Answers, some: slice, gate: Float32, window: int, most: int
+    ) -> None:
+        """Part of a window's contacts, and `some` of its meetings, which are the first ones among them."""
+        source, target = self.memory.see(contacts.hosts, contacts.src[part], contacts.dst[part], window)
+        at = met.contact[some] - part.start
         meetings = Meetings(
-            source[met.contact], target[met.contact], met.source_hash, met.target_hash, met.service, met.target < 0
+            source[at],
+            target[at],
+            met.source_hash[some],
+            met.target_hash[some],
+            met.service[some],
+            met.target[some] < 0,
         )
         if len(meetings):
-            self.learnt += float(self.memory.remember(meetings, gate, window, c.replayed_window).sum())
-        self._stale += [meetings.source, meetings.target]
+            self.learnt += float(self.memory.remember(meetings, gate, window, most).sum())
+            if self.config.graph:
+                self._stale += [meetings.source, meetings.target]
         moved = self.memory.forget()
         if moved is not None:
             self._stale = [slots[slots >= 0] for slots in (moved[stale] for stale in self._stale)]
             if self._view is not None:
                 self._view.compact(moved)
-        self.windows += 1
-        self._meetings_since += len(meetings)
-        due = max(c.step_meetings, c.step_share * self.memory.replay.newest)
-        trained = c.graph and self._meetings_since >= due and self._train()
-        if self._speaks:
-            self._refresh(trained)
 
     def embeddings(self, hosts: UInt64) -> Float32:
         """Embeddings f32[n, d] of host hashes u64[n], from what is remembered of them; NaN for hosts never seen."""
@@ -279,7 +304,7 @@ class MeetingPrior:
             return
         self._view.grow()
         rows = np.empty(0, np.int32)
-        if c.graph and sum(map(len, self._stale)) >= c.stale:
+        if sum(map(len, self._stale)) >= c.stale:
             rows, self._stale = np.unique(np.concatenate(self._stale)), []
         if len(rows) > c.refreshed:
             rows = np.random.default_rng([c.seed, self.windows]).choice(rows, c.refreshed, replace=False)

@@ -29,7 +29,7 @@ machine (measured: a step of 20 ms took 100)."""
 
 @contextmanager
 def threads_for(rows: int) -> Iterator[None]:
-    """One thread for torch while `rows` rows are worked on that are too few for more."""
+    """One thread for torch where at most `rows` rows are worked on at once and these are too few for more."""
     threads = torch.get_num_threads()
     if rows >= THREADED or threads == 1:
         yield
