@@ -17,6 +17,7 @@ from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch
 from flowsage.graph.window import WindowBuffer, in_order
 from flowsage.models.alarms import Alarms
+from flowsage.models.calibration import Calibration
 from flowsage.models.detector import ALL_TIME
 from flowsage.models.explain import Finding
 from flowsage.models.history import History
@@ -69,8 +70,12 @@ def score(
     priors: tuple[str, ...] = (DEFAULT,),
     undirected: bool = False,
     scores: bool = True,
+    calibrations: list[Calibration] | None = None,
 ) -> Scored:
-    """Everything of one file with the default configuration; without `scores` only findings are kept."""
+    """Everything of one file with the default configuration; without `scores` only findings are kept.
+
+    The calibrations of all (prior, budget) are appended to `calibrations`, as they are in the end.
+    """
     flags = {"model": {"undirected": undirected, "threads": 1}}
     made = {p: detector_config(load(flags=flags | {"model": flags["model"] | {"prior": p}})) for p in priors}
     config = next(iter(made.values()))
@@ -119,5 +124,7 @@ def score(
                 kept[p, b].add(alarms[p, b].step(step.now_ns, seen, looked, plausible))
         close(buffer.close_ready())
     close(buffer.flush())
+    if calibrations is not None:
+        calibrations.extend(a.calibration for a in alarms.values())
     hosts = pd.concat(host_parts) if host_parts else pd.DataFrame({"host": [], "window_end_ns": [], "score": []})
     return Scored(flow_score, beacon_score, tails, hosts, {key: k.table() for key, k in kept.items()})

@@ -101,7 +101,7 @@ def test_quiet_hosts_have_nothing_to_explain():
     ("name", "words"),
     [
         ("host scan", "first meeting on tcp/443, refused or not answered"),
-        ("port scan", "first use of tcp/"),
+        ("port scan", "1 of 1 flow on tcp/"),
         ("guessing", " on tcp/22, each a session"),
         ("exfiltration", "MB more sent than received on tcp/443"),
         ("beacon", "every 3.0 s ± "),
