@@ -29,9 +29,10 @@ def main() -> None:
         for done in as_completed([pool.submit(jobs.run, job, data) for job in chosen]):
             result = done.result()
             results[result.job] = result
-            print(f"{result.job}: {result.seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"{result.job}: {result.seconds:.0f} s, {result.cpu:.0f} s of CPU", file=sys.stderr, flush=True)
     print(tables.render(results))
-    print(f"\n{time.perf_counter() - started:.0f} s in all")
+    cpu = sum(r.cpu for r in results.values())
+    print(f"\n{time.perf_counter() - started:.0f} s in all, {cpu:.0f} s of CPU")
 
 
 if __name__ == "__main__":
