@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 _LINE = 64
 _SMALL = 1 << 16
+_FEW = 1 << 12
+"""Bytes, and numbers of whatever type, that are not worth the search for a buffer."""
 _LIMIT = 3 << 29
 """Buffers of at most so many bytes in all are remembered."""
 
@@ -26,9 +28,11 @@ _buffers: list[npt.NDArray[np.uint8]] = []
 
 def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """As np.empty, aligned to a cache line. The memory is taken again when the array and all its views are gone."""
+    count = shape if isinstance(shape, int) else math.prod(shape)
+    if count < _FEW:
+        return np.empty(shape, dtype)
     kind = np.dtype(dtype)
-    shape = (shape,) if isinstance(shape, int) else shape
-    size = kind.itemsize * math.prod(shape)
+    size = kind.itemsize * count
     if size < _SMALL:
         return np.empty(shape, kind)
     buffer = _take(size + _LINE)

@@ -66,6 +66,8 @@ class View:
     def grow(self) -> None:
         """Rows for new hosts, as if they had done nothing yet."""
         hosts = len(self._memory.hosts)
+        if hosts == self.hosts:
+            return
         more = hosts + 1 - len(self.embedding)
         if more > 0:
             room = max(more, len(self.embedding) // 4)
