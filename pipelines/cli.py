@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from datetime import UTC
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 EXISTING = click.Path(path_type=Path)
 TARGET = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+MOMENT = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"])
 
 LAB_DEFAULTS: dict[str, dict[str, Any]] = {
     "sensor": {"idle_timeout": "4s", "active_timeout": "6s", "half_open_timeout": "1s", "linger": "0.5s",
@@ -230,7 +232,11 @@ def replay(source: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("flows", type=EXISTING, nargs=-1, required=True, metavar="FLOWS...")
+@click.argument("flows", type=EXISTING, nargs=-1, metavar="[FLOWS...]")
+@click.option("--from", "begin", type=MOMENT, help="instead of FLOWS: those of the topic from this moment on (UTC)")
+@click.option("--to", "end", type=MOMENT, help="with --from: up to this moment; default: now")
+@click.option("--partition", type=click.IntRange(0), help="with --from: of this partition alone")
+@kafka_options
 @click.option("-o", "--output", "into", type=FOLDER, required=True, help="where the model directory goes")
 @click.option("--steps", type=click.IntRange(0), default=200, show_default=True, help="steps of rehearsal")
 @click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="batches a step, dealt out")
@@ -240,15 +246,26 @@ def replay(source: Path, **options: Any) -> None:
 @model_options
 @config_options
 def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
-    """Learn from flow files (Parquet), and write a model directory that run, score and replay start from.
+    """Learn from flow files (Parquet) or from Kafka, and write a model directory that run, score and replay start from.
 
     \b
     flowsage train monday.parquet tuesday.parquet --output models/office
+    flowsage train --bootstrap kafka1:9092 --from 2026-01-05 --to 2026-01-12 --output models/office
     torchrun --nproc-per-node 2 -m flowsage.pipelines.cli train FLOWS... --output DIR
     """
     own = ("steps", "batches", "device", "checkpoint", "restart")
     training = {"checkpoint_flows" if k == "checkpoint" else k: options.pop(k) for k in own}
+    begin, end = (options.pop(k) for k in ("begin", "end"))
+    training |= {
+        "begin_ns": None if begin is None else round(begin.replace(tzinfo=UTC).timestamp()) * 10**9,
+        "end_ns": None if end is None else round(end.replace(tzinfo=UTC).timestamp()) * 10**9,
+        "partition": options.pop("partition"),
+    }
     settings = settings_from(options)
+    if bool(flows) == (begin is not None):
+        raise UsageError("name what to learn from: flow files, or --from MOMENT for a time range of the topic")
+    if begin is not None and not settings.kafka.bootstrap_servers:
+        raise UsageError("name a broker: --bootstrap HOST:PORT, or kafka.bootstrap_servers in the configuration")
     from flowsage.pipelines.train import TrainSettings
     from flowsage.pipelines.train import train as train_model
 

@@ -14,6 +14,7 @@ import heapq
 import itertools
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -30,8 +31,11 @@ from flowsage.models.detector import Detector
 from flowsage.models.meeting import MeetingPrior
 from flowsage.models.training import VIEW_STEPS, Rehearsal, RehearsalConfig
 from flowsage.pipelines.config import Settings
+from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.scorer import Scorer, detector_config
 from flowsage.pipelines.sources import FlowFile, Step
+from flowsage.pipelines.topic_flows import copy_range
+from flowsage.pipelines.topics import flows_topic
 from flowsage.pipelines.world import World
 
 CHECKPOINT_FLOWS = 1 << 19
@@ -47,6 +51,10 @@ class TrainSettings:
     device: str = "auto"
     checkpoint_flows: int = CHECKPOINT_FLOWS
     restart: bool = False
+    begin_ns: int | None = None
+    end_ns: int | None = None
+    partition: int | None = None
+    """The time range [begin_ns, end_ns) of the flows' topic (and the partition, None: all) that is learnt from."""
 
 
 @dataclass
@@ -63,7 +71,9 @@ class Progress:
 
 
 def train(paths: tuple[Path, ...], model: Path, settings: Settings, training: TrainSettings) -> None:
-    """Train on flow files and write the model directory `model`; in a world of several, every process calls this.
+    """Train on flow files, or on a time range of the flows' topic, and write the model directory `model`.
+
+    In a world of several processes every one calls this.
 
     Raises InputError and SchemaError of the files, ModelError where the model cannot be written or what is left of an
     earlier training does not fit, UsageError where there is nothing to read.
@@ -124,6 +134,10 @@ class _Lead:
 
     def __init__(self, paths: tuple[Path, ...], model: Path, settings: Settings, training: TrainSettings) -> None:
         self.model, self.settings, self.training = model, settings, training
+        span = f"{training.begin_ns}-{training.end_ns or 'now'}-{training.partition}"
+        self.copy = model.with_name(f".{model.name}.{span}.parquet")
+        if training.begin_ns is not None:
+            paths = (*paths, self._from_topic(training.begin_ns))
         self.files = [FlowFile(path, undirected=settings.model.undirected) for path in paths]
         self.rows = sum(file.rows for file in self.files)
         if not self.rows:
@@ -132,9 +146,28 @@ class _Lead:
         self.config = detector_config(settings)
         self.detector, self.progress = self._begin()
 
+    def _from_topic(self, begin_ns: int) -> Path:
+        """The flows of the topic as a file beside the model, which an interrupted training finds there again."""
+        training, kafka = self.training, self.settings.kafka
+        end_ns = training.end_ns if training.end_ns is not None else time.time_ns()
+        if self.copy.exists() and not training.restart:
+            return self.copy
+        self.model.absolute().parent.mkdir(parents=True, exist_ok=True)
+        log = KafkaLog(kafka)
+        try:
+            topic = flows_topic(kafka.prefix)
+            copied = copy_range(log, topic, self.copy, begin_ns, end_ns, partition=training.partition)
+        finally:
+            log.close()
+        left_out = f", {copied.repeats} repeated and {copied.unreadable} unreadable batches left out"
+        said = left_out if copied.repeats or copied.unreadable else ""
+        click.echo(f"{topic}: {copied.flows:,} flows in {copied.batches:,} batches{said}", err=True)
+        return self.copy
+
     def _made_of(self) -> dict[str, Any]:
         """What must be the same for a training to go on."""
-        steps = {k: v for k, v in asdict(self.training).items() if k in ("steps", "batches", "checkpoint_flows")}
+        counts = ("steps", "batches", "checkpoint_flows", "begin_ns", "end_ns", "partition")
+        steps = {k: v for k, v in asdict(self.training).items() if k in counts}
         files = [[file.path.name, file.path.stat().st_size, file.rows] for file in self.files]
         return {"files": files, "seed": self.settings.model.seed, "pane": self.settings.windows.pane} | steps
 
@@ -200,10 +233,13 @@ class _Lead:
         trained = {
             "first_ns": progress.first_ns, "until_ns": progress.now_ns, "flows": progress.flows,
             "windows": progress.windows, "rehearsal_steps": progress.steps,
-            "files": [file.path.name for file in self.files],
+            "files": [file.path.name for file in self.files if file.path != self.copy],
         }  # fmt: skip
+        if self.training.begin_ns is not None:
+            trained["topic"] = flows_topic(self.settings.kafka.prefix)
         artifact.save(self.model, self.detector, trained=trained)
         shutil.rmtree(self.beside, ignore_errors=True)
+        self.copy.unlink(missing_ok=True)
         click.echo(f"wrote {self.model}; try `flowsage run --model {self.model} …`", err=True)
 
 

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from flowsage.collector.errors import FlowsageError, ModelError
+from flowsage.collector.errors import FlowsageError, InputError, ModelError
 from flowsage.models import artifact
 from flowsage.pipelines import train as training
 from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.kafka import KafkaLog
+from flowsage.pipelines.memory_log import MemoryLog
+from flowsage.pipelines.site import read_columns
+from flowsage.pipelines.topic_flows import copy_range
+from flowsage.pipelines.topics import flows_topic
 from flowsage.pipelines.train import TrainSettings, train
 from flowsage.pipelines.world import World
-from tests.pipelines.test_replay import scan_flows
+from tests.broker import Broker
+from tests.models.alarm_streams import START
+from tests.pipelines.flow_stream import stream
+from tests.pipelines.test_replay import flowsage, scan_flows
+
+SECOND = 10**9
 
 FLAGS = {"model": {"ready_windows": 3, "ready_meetings": 5, "ready_steps": 1}}
 SMALL = TrainSettings(steps=40, batches=3, checkpoint_flows=300, device="cpu")
@@ -144,3 +157,47 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence() -> None:
     with pytest.raises(FlowsageError, match="the device 'cuda:99' cannot be used"):
         World().device("cuda:99")
     assert World().device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_time_range_of_the_topic_trains_the_model_that_its_flows_as_a_file_train(
+    settings: Settings, broker: Broker, tmp_path: Path
+) -> None:
+    prefix = f"train-{uuid.uuid4().hex[:8]}"
+    topic = broker.create_topic(flows_topic(prefix), 2)
+    batches = stream(60.0, sensors=("edge", "core"))
+    log = KafkaLog(broker.settings())
+    for batch in [*batches, batches[5]]:
+        log.append(topic, batch.origin.sensor.encode(), batch.value)
+    log.append(topic, b"edge", b"no Arrow")
+    log.close()
+    begin, end = START + 12 * SECOND, START + 48 * SECOND
+    tables = [read_columns(b.value).replace_schema_metadata(None) for b in batches if b.flows]
+    table = pa.concat_tables(tables, promote_options="default")
+    start = table.column("start_ns").to_numpy()
+    file = tmp_path / "flows.parquet"
+    pq.write_table(table.filter(pa.array((start >= begin) & (start < end))).sort_by("start_ns"), file)
+    flags = FLAGS | {"windows": {"window": "6s", "pane": "1s"}, "alarms": {"time_scale": 60.0}}
+    flags |= {"kafka": {"bootstrap_servers": broker.settings().bootstrap_servers, "prefix": prefix}}
+    both = load(None, flags)
+    train((file,), tmp_path / "from-file", both, SMALL)
+    train((), tmp_path / "from-topic", both, dataclasses.replace(SMALL, begin_ns=begin, end_ns=end))
+    one, other = contents(tmp_path / "from-file"), contents(tmp_path / "from-topic")
+    assert one["model.safetensors"] == other["model.safetensors"]
+    trained = json.loads(other["config.json"])["trained"]
+    assert trained["topic"] == topic
+    assert trained["flows"] == json.loads(one["config.json"])["trained"]["flows"]
+    assert {p.name for p in tmp_path.iterdir()} == {"flows.parquet", "from-file", "from-topic"}
+
+
+def test_a_range_without_flows_and_nothing_at_all_are_refused(settings: Settings, tmp_path: Path) -> None:
+    log = MemoryLog()
+    log.append("t.flows.v1", b"edge", stream(2.0)[0].value)
+    with pytest.raises(
+        InputError, match=r"t\.flows\.v1 has no flows from 1970-01-01T00:00:00 to 1970-01-01T00:00:01 UTC"
+    ):
+        copy_range(log, "t.flows.v1", tmp_path / "f.parquet", 0, SECOND)
+    with pytest.raises(InputError, match="has no partition 7"):
+        copy_range(log, "t.flows.v1", tmp_path / "f.parquet", 0, SECOND, partition=7)
+    assert list(tmp_path.iterdir()) == []
+    assert "name what to learn from" in flowsage("train", "-o", tmp_path / "m", code=2).stderr
+    assert "name a broker" in flowsage("train", "-o", tmp_path / "m", "--from", "2026-01-05", code=2).stderr
