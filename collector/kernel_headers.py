@@ -40,11 +40,14 @@ class KernelHeaders:
 
 
 def find_headers(given: Path | None = None, *, root: Path = Path("/")) -> KernelHeaders | None:
-    """Headers at `given` (a source tree, or a build tree like /lib/modules/RELEASE/build); without it those of the
-    running kernel, else the newest below /usr/src. None where only the kernel itself has them (BCC takes those).
+    """Headers at `given` (a source tree, or a build tree like /lib/modules/RELEASE/build), or where BCC_KERNEL_SOURCE
+    says; without either those of the running kernel, else the newest below /usr/src. None where only the kernel itself
+    has them (BCC takes those).
 
     Raises KernelSupportError, which names the package, where there are none. `root` is where the file system begins.
     """
+    if given is None and SOURCE_VARIABLE in os.environ:
+        given = Path(os.environ[SOURCE_VARIABLE])
     if given is not None:
         found = _tree(given, given.parent / "source")
         if found is None:
@@ -64,7 +67,8 @@ def find_headers(given: Path | None = None, *, root: Path = Path("/")) -> Kernel
         return None
     raise KernelSupportError(
         "compiling for the kernel at run time needs kernel headers, and none are below /lib/modules or /usr/src; "
-        "install the package linux-headers-amd64 (or that of your architecture; another version's will do)"
+        "install the package linux-headers-amd64 (or that of your architecture; another version's will do), "
+        f"or say in {SOURCE_VARIABLE} where they are"
     )
 
 

@@ -129,7 +129,10 @@ def test_without_headers_the_package_is_named(tmp_path: Path) -> None:
         BccObject(COUNTER, headers=tmp_path).load()
 
 
-def test_the_running_kernels_headers_come_first_then_the_newest(tmp_path: Path) -> None:
+def test_headers_that_are_named_come_first_then_the_running_kernels_then_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BCC_KERNEL_SOURCE", raising=False)
     common = tree(tmp_path / "usr/src/linux-headers-6.12.9-common", generated=False)
     older = tree(tmp_path / "usr/src/linux-headers-6.1.0-7-amd64", source=False)
     newest = tree(tmp_path / "usr/src/linux-headers-6.12.9-amd64", source=False)
@@ -139,6 +142,8 @@ def test_the_running_kernels_headers_come_first_then_the_newest(tmp_path: Path) 
     running = tree(tmp_path / "lib/modules" / os.uname().release / "build")
     assert find_headers(root=tmp_path) == KernelHeaders(running, running)
     assert find_headers(older, root=tmp_path) == KernelHeaders(common, older)
+    monkeypatch.setenv("BCC_KERNEL_SOURCE", str(newest))
+    assert find_headers(root=tmp_path) == KernelHeaders(common, newest)
     assert KernelHeaders(running, running).flags() == []
     assert f"-I{newest}/arch/x86/include/generated" in KernelHeaders(common, newest).flags()
 
