@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flowsage.collector.errors import SchemaError
-from flowsage.graph import columns
+from flowsage.graph import columns, memory
 from flowsage.graph.columns import UNKNOWN, Bool, Int64
 
 __all__ = [
@@ -40,6 +41,9 @@ HALF_OPEN_STATES = ("S0", "SH")
 
 LATEST_NS = 1 << 62
 """Times beyond this, either way, are not times: windows could not be counted in 64 bits."""
+
+_LARGE = 1 << 15
+"""Flows from which memory is taken from what was used before."""
 
 TCP = 6
 SERVICE_BITS = 20
@@ -75,7 +79,7 @@ class FlowDetail:
 
     def take(self, index: npt.NDArray[np.intp] | slice) -> FlowDetail:
         """The rows at `index`."""
-        return FlowDetail(**{name: getattr(self, name)[index] for name in _DETAIL})
+        return FlowDetail(**{name: _rows(getattr(self, name), index) for name in _DETAIL})
 
 
 _DETAIL = tuple(f.name for f in fields(FlowDetail))
@@ -121,11 +125,25 @@ class FlowBatch:
 
     def take(self, index: npt.NDArray[np.intp] | slice) -> FlowBatch:
         """The flows at `index`, with the same host table; views where `index` is a slice."""
-        values = {name: getattr(self, name)[index] for name in _COLUMNS}
+        values = {name: _rows(getattr(self, name), index) for name in _COLUMNS}
         return FlowBatch(hosts=self.hosts, detail=self.detail and self.detail.take(index), **values)
 
 
 _COLUMNS = tuple(f.name for f in fields(FlowBatch) if f.name not in ("hosts", "detail"))
+
+
+def _rows(column: npt.NDArray[Any], index: npt.NDArray[np.intp] | slice) -> npt.NDArray[Any]:
+    """`column` at `index`. Many rows go where memory was used before: new pages cost more than what is copied."""
+    if isinstance(index, slice) or len(index) < _LARGE:
+        return column[index]
+    # "clip" spares a buffer; every index is in range.
+    out: npt.NDArray[Any] = np.take(column, index, out=memory.empty(len(index), column.dtype), mode="clip")
+    return out
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """One after the other."""
+    return np.concatenate(parts, out=memory.empty(sum(len(p) for p in parts), parts[0].dtype))
 
 
 def service_code(proto: Int32, src_port: Int32, dst_port: Int32) -> Int32:
@@ -327,11 +345,11 @@ def merge(batches: Sequence[FlowBatch]) -> FlowBatch:
         raise ValueError("nothing to merge; give at least one batch of flows")
     if len(batches) == 1:
         return batches[0]
-    values = {name: np.concatenate([getattr(b, name) for b in batches]) for name in _COLUMNS}
+    values = {name: _joined([getattr(b, name) for b in batches]) for name in _COLUMNS}
     detail = None
     if any(b.detail is not None for b in batches):
         parts = [b.detail or _no_detail(len(b)) for b in batches]
-        detail = FlowDetail(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in _DETAIL})
+        detail = FlowDetail(**{name: _joined([getattr(p, name) for p in parts]) for name in _DETAIL})
     tables = {id(b.hosts): b.hosts for b in batches}
     if len(tables) == 1:
         return FlowBatch(hosts=batches[0].hosts, detail=detail, **values)

@@ -7,7 +7,7 @@ import pyarrow as pa
 from flowsage.graph.build import contacts, contacts_by
 from flowsage.graph.flows import FlowBatch, from_table, merge
 from flowsage.graph.hostgraph import host_graph
-from flowsage.graph.window import WindowBuffer
+from flowsage.graph.window import WindowBuffer, order_of
 
 _SECOND = 1_000_000_000
 
@@ -40,3 +40,4 @@ def compile_kernels() -> None:
     first = closed.take(slice(0, int(folded.flow_offsets[1])))
     host_graph(first, folded.slice(0))
     merge([closed, _flows("a", "b")])
+    order_of(closed.start_ns)
