@@ -187,3 +187,35 @@ def test_beats_do_not_depend_on_the_scale_of_time():
         strengths.append(out[0])
     assert strengths[0] == pytest.approx(strengths[1], rel=1e-9)
     assert strengths[0] > 1
+
+
+def added(service, inside, *, flows=1, sent=0, sources=1.0, new=True, tail=np.nan):
+    """What one answered contact adds, by analytic."""
+    out = np.empty(len(an.TABLE))
+    an.contributions(service, flows, flows, 0, True, sent, sources, np.array(inside), new, new, new, 0.0, tail, out)
+    return dict(zip(an.NAMES, out.tolist(), strict=True))
+
+
+HTTPS = (7 << 20) + 444
+
+
+def test_bytes_count_less_where_others_send_to_and_not_at_all_within_the_network():
+    alone, shared, crowd = (added(HTTPS, (True, False), sent=1e6, sources=s)["exfil"] for s in (0.0, 4.0, 500.0))
+    assert alone == 1e6 / an.BYTES_SCALE
+    assert shared == alone / 4
+    assert crowd == alone / an.SHARED_MOST
+    assert added(HTTPS, (True, True), sent=1e6)["drip"] == 0
+    assert added(HTTPS, (False, True), sent=1e6)["exfil"] == 0
+
+
+def test_what_our_hosts_send_to_the_world_is_no_flood_of_it_and_answers_are_no_flood_of_us():
+    assert added(HTTPS, (True, False), flows=9)["flood"] == 0
+    assert added(HTTPS, (False, True), flows=9)["flood"] == 9
+    assert added(HTTPS, (False, False), flows=9)["flood"] == 9, "where nobody knows which hosts are ours"
+    answers = (7 << 20) + 100_444
+    assert added(answers, (False, True), flows=9)["flood"] == added(answers, (False, True))["fan-in"] == 0
+
+
+def test_first_meetings_are_news_among_our_own_hosts():
+    assert added(HTTPS, (True, True), tail=1e-3)["meeting"] > 4
+    assert added(HTTPS, (True, False), tail=1e-3)["meeting"] == 0
