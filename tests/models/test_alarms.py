@@ -72,6 +72,14 @@ def test_a_scan_is_raised_after_the_first_block_and_nothing_before():
         assert any(f.family == "scan" for f in found) == raised
 
 
+def test_a_beat_that_was_told_and_paused_is_not_told_again():
+    make, host = MISBEHAVIOURS["beacon"]
+    begins = (BEGIN, BEGIN + 60 + 75)  # an hour, of a sixtieth, after the last of twenty beats
+    rows = office(begins[1] + 70, 2) + [r for b in begins for r in make(b, np.random.default_rng(1))]
+    found = [f for f in created(Watch(LOUD).run(rows, begins[1] + 66)) if (f.host, f.family) == (host, "beacon")]
+    assert len(found) == 1
+
+
 def test_what_is_left_of_a_level_is_not_told_again_after_an_episode():
     again = BEGIN + 40 + 60 + 10  # more than an hour, of a sixtieth, after the last probe; a sweep fades in four
     probe: Row = (again, MISBEHAVIOURS["slow scan"][1], "10.77.0.199", 445, 0, 60, 54)
