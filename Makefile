@@ -45,8 +45,8 @@ $(STAMPS)/apt: Makefile
 	if [ -n "$$missing" ]; then \
 	  command -v apt-get >/dev/null || { echo "FlowSAGE's set-up needs apt-get (Debian, Ubuntu); install these yourself:$$missing" >&2; exit 1; }; \
 	  echo "setup: installing Debian packages:$$missing"; \
-	  export DEBIAN_FRONTEND=noninteractive; $(SUDO) apt-get update -qq; \
-	  $(SUDO) -E apt-get install -y -qq --no-install-recommends $$missing > build/apt.log 2>&1 || { tail -20 build/apt.log >&2; exit 1; }; \
+	  $(SUDO) apt-get update -qq; \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing > build/apt.log 2>&1 || { tail -20 build/apt.log >&2; exit 1; }; \
 	fi; touch $@
 
 $(STAMPS)/venv: $(STAMPS)/apt
