@@ -81,10 +81,11 @@ def test_a_beat_that_was_told_and_paused_is_not_told_again():
 
 
 def test_what_is_left_of_a_level_is_not_told_again_after_an_episode():
-    again = BEGIN + 40 + 60 + 10  # more than an hour, of a sixtieth, after the last probe; a sweep fades in four
-    probe: Row = (again, MISBEHAVIOURS["slow scan"][1], "10.77.0.199", 445, 0, 60, 54)
-    rows = office(again + 8, 1) + MISBEHAVIOURS["slow scan"][0](BEGIN, np.random.default_rng(1)) + [probe]
-    found = [f for f in created(Watch(LOUD).run(rows, again + 8)) if f.host == MISBEHAVIOURS["slow scan"][1]]
+    make, host = MISBEHAVIOURS["host scan"]
+    again = BEGIN + 6 + 60 + 10  # more than an hour, of a sixtieth, after the last probe; a sweep fades in four
+    probe: Row = (again, host, "10.77.1.9", 443, 0, 60, 54)
+    rows = office(again + 8, 1) + make(BEGIN, np.random.default_rng(1)) + [probe]
+    found = [f for f in created(Watch(LOUD).run(rows, again + 8)) if f.host == host]
     assert len(found) == 1
 
 
