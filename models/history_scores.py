@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,6 +16,9 @@ from flowsage.models.familiarity import B_S, K_SS, TERMS, D
 from flowsage.models.weights import CONSTANTS, Weights
 
 Float64 = npt.NDArray[np.float64]
+
+NAMES = (*TERMS, "V_rev", "V_fwd", "LLR", "Z", "Zc", "T", "fail")
+"""Terms of a flow, by name."""
 
 
 @dataclass(frozen=True)
@@ -146,17 +149,18 @@ class Parts:
 
     def terms(self) -> dict[str, Float64]:
         """Each term [n], undirected the mean over both ways, and "history": their weighted sum."""
-        index = (self.of_flow[:, None] * self.ways + np.arange(self.ways)).ravel()
-        out, capped = self.out, np.repeat(self.capped, self.ways)
-        cap = np.where(capped, out.terms[D][index], np.inf)
-        each: dict[str, Float64] = {}
-        for k, name in enumerate(TERMS):
-            value = out.terms[k][index]
-            each[name] = np.minimum(value, cap) if B_S <= k <= K_SS else value
-        each |= {"V_rev": out.v_rev, "V_fwd": out.v_fwd, "LLR": out.llr, "Z": out.z, "Zc": out.zc}
-        each["T"] = np.log1p(np.maximum(0.0, out.llr - CONSTANTS.regular_above) / 10.0)
-        each["fail"] = np.repeat(self.failed, self.ways).astype(np.float64)
-        terms = {name: value.reshape(-1, self.ways).mean(1) for name, value in each.items()}
-        weights = asdict(self.weights).items()
-        terms["history"] = sum((w * terms[name] for name, w in weights), np.zeros(len(self.of_flow)))
-        return terms
+        out, ways = self.out, self.ways
+        index = self.of_flow if ways == 1 else (self.of_flow[:, None] * ways + np.arange(ways)).ravel()
+        values = np.empty((len(NAMES), len(index)))
+        np.take(out.terms, index, axis=1, out=values[: len(TERMS)], mode="clip")
+        capped = values[B_S : K_SS + 1]
+        np.minimum(capped, values[D], out=capped, where=np.repeat(self.capped, ways))
+        regular = np.log1p(np.maximum(0.0, out.llr - CONSTANTS.regular_above) / 10.0)
+        own = out.v_rev, out.v_fwd, out.llr, out.z, out.zc, regular, np.repeat(self.failed, ways)
+        for row, value in zip(values[len(TERMS) :], own, strict=True):
+            row[:] = value
+        if ways > 1:
+            values = values.reshape(len(NAMES), -1, ways).mean(2)
+        weights = np.array([getattr(self.weights, name, 0.0) for name in NAMES])
+        history = (weights[:, None] * values).sum(0)  # not `@`, whose order of summation depends on the length
+        return dict(zip(NAMES, values, strict=True)) | {"history": history}

@@ -55,23 +55,13 @@ class HostTableWriter:
 
     def __init__(self, window_ns: int) -> None:
         self._window_ns = window_ns
-        self._parts: list[pa.Table] = []
+        self._parts: list[tuple[pa.Array, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
         self._findings: dict[str, Finding] = {}
 
     def add(self, closed: ClosedWindows) -> None:
         """The host-windows of a run of windows; p_value is null while alarms are not ready."""
-        start = closed.scores.window * self._window_ns
-        self._parts.append(
-            pa.table(
-                {
-                    "host": pc.take(closed.flows.hosts.names, pa.array(closed.scores.host)),
-                    "window_start_ns": start,
-                    "window_end_ns": start + self._window_ns,
-                    "score": closed.scores.score,
-                    "p_value": pa.array(closed.p_values, from_pandas=True),
-                }
-            )
-        )
+        hosts = pc.take(closed.flows.hosts.names, pa.array(closed.scores.host))
+        self._parts.append((hosts, closed.scores.window * self._window_ns, closed.scores.score, closed.p_values))
 
     def raised(self, findings: list[Finding]) -> None:
         """Remember who was raised and when: the last word on each finding counts."""
@@ -79,11 +69,15 @@ class HostTableWriter:
 
     def write(self, path: Path) -> None:
         """Write the file; `alert` is whether a finding on the host was open in the window."""
-        schema = {"host": pa.string(), "window_start_ns": pa.int64(), "window_end_ns": pa.int64(),
-                  "score": pa.float64(), "p_value": pa.float64()}  # fmt: skip
-        table = (
-            pa.concat_tables(self._parts) if self._parts else pa.table({k: pa.array([], t) for k, t in schema.items()})
-        )
+        hosts = pa.chunked_array([p[0] for p in self._parts], None if self._parts else pa.string())
+        start = np.concatenate([np.empty(0, np.int64), *(p[1] for p in self._parts)])
+        score, p_value = (np.concatenate([np.empty(0), *(p[k] for p in self._parts)]) for k in (2, 3))
+        table = pa.table(
+            {
+                "host": hosts, "window_start_ns": start, "window_end_ns": start + self._window_ns, "score": score,
+                "p_value": pa.array(p_value, from_pandas=True),
+            }
+        )  # fmt: skip
         alert = np.zeros(len(table), np.bool_)
         begin, end = table.column("window_start_ns").to_numpy(), table.column("window_end_ns").to_numpy()
         for finding in self._findings.values():
