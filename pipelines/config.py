@@ -176,7 +176,7 @@ class KafkaSettings(_Section):
     site: str = Field("default", min_length=1, description="network of this sensor; a site is scored as one whole")
     spool: Path = Field(Path("/var/lib/flowsage/spool"), description="where batches wait that Kafka does not take")
     spool_bytes: Size = Field(2**30, description="the most that waits there; the oldest are given up, counted")
-    patience: Duration = Field(SECOND // 2, description="how long the sensor waits for Kafka before it spools a batch")
+    patience: Duration = Field(SECOND // 4, description="how long the sensor waits for Kafka before it spools a batch")
     client_id: str = Field("flowsage", description="name of this client in the brokers' logs")
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     ssl_cafile: str = ""
