@@ -58,7 +58,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
         place = Place(log, log.create_topic)
     else:
         broker = request.getfixturevalue("broker")
-        place = Place(KafkaLog(broker.settings(), session_timeout_s=2), broker.create_topic)
+        place = Place(KafkaLog(broker.settings(), session_timeout_s=5), broker.create_topic)
     yield place
     place.close()
 

@@ -338,10 +338,10 @@ FAILING = """
         gc.collect()
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
-    log = KafkaLog(KafkaSettings(bootstrap_servers=("127.0.0.1:1",)), timeout_s=0.2)
+    log = KafkaLog(KafkaSettings(bootstrap_servers=("127.0.0.1:1",)), timeout_s=1)
     calls = [lambda: log.append("t", b"k", b"v"), lambda: log.consumer("g", "t"), lambda: log.end_offsets("t")]
     before = held()
-    for call in calls * 3:
+    for call in calls:
         try:
             call()
         except LogUnavailableError as error:
@@ -354,7 +354,7 @@ def test_attempts_that_fail_say_why_and_leave_nothing_behind() -> None:
     # In a process of its own: pytest keeps what is logged, and with it errors, and with them sockets.
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(FAILING)], capture_output=True, text=True, check=True)
     *errors, held = done.stdout.splitlines()
-    assert len(errors) == 9
+    assert len(errors) == 3
     assert all(
         e.startswith("no broker answers at 127.0.0.1:1 (KafkaConnectionError: 111 ECONNREFUSED)") for e in errors
     )
