@@ -24,7 +24,8 @@ from flowsage.collector.interface import in_namespace
 from flowsage.collector.ledger import Ledger, Snapshot
 from flowsage.collector.lifetime import Lifetime
 from flowsage.collector.program import OBJECT, FlowProgram, FlowSettings, Loader
-from flowsage.collector.publish import PublishCounts, Sink
+from flowsage.collector.publish import PublishCounts
+from flowsage.collector.sink import Sink
 from flowsage.collector.watch import Watch
 from flowsage.collector.xdp import EBPFAttachMode
 

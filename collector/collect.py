@@ -20,7 +20,7 @@ from flowsage.collector.interface import enter_namespace
 from flowsage.collector.ledger import Snapshot
 from flowsage.collector.output import LinesOutput, OutputClosedError
 from flowsage.collector.parquet import ParquetOutput
-from flowsage.collector.publish import Sink
+from flowsage.collector.sink import Sink
 
 logger = logging.getLogger(__name__)
 

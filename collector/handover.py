@@ -17,9 +17,9 @@ import numpy as np
 from flowsage.collector.clock import UnixClock
 from flowsage.collector.journal import Books, Journal
 from flowsage.collector.ledger import Ledger
-from flowsage.collector.publish import Origin, Sink
 from flowsage.collector.records import RECORD_DTYPE, to_batch
 from flowsage.collector.ring import Records, Ring, Taken
+from flowsage.collector.sink import Origin, Sink
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Flow records for people: readable lines, a sink (collector/publish.py). Parquet files are in collector/parquet.py."""
+"""Flow records for people: readable lines, a sink (collector/sink.py). Parquet files are in collector/parquet.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TextIO
 import pyarrow as pa
 
 from flowsage.collector.errors import FlowsageError
-from flowsage.collector.publish import Origin, Sink
 from flowsage.collector.records import END_REASONS
+from flowsage.collector.sink import Origin, Sink
 
 PROTOCOLS = {1: "icmp", 2: "igmp", 6: "tcp", 17: "udp", 33: "dccp", 47: "gre", 50: "esp", 58: "icmpv6", 132: "sctp"}
 _WITH_PORTS = {6, 17, 33, 132, 136}

@@ -24,8 +24,8 @@ import pyarrow as pa
 
 from flowsage.collector.errors import UsageError
 from flowsage.collector.output import OutputError
-from flowsage.collector.publish import Origin, Sink
 from flowsage.collector.records import FLOW_SCHEMA
+from flowsage.collector.sink import Origin, Sink
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

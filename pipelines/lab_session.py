@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from flowsage.collector.agent import Agent
 from flowsage.collector.collect import summary
-from flowsage.collector.publish import Origin, Sink
 from flowsage.collector.records import FLOW_SCHEMA
+from flowsage.collector.sink import Origin, Sink
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.lab import Lab, LabSettings, label_flows, run_lab
 from flowsage.pipelines.outputs import write_parquet

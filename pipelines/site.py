@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flowsage.collector.errors import ConfigurationError, SchemaError
-from flowsage.collector.publish import Origin
+from flowsage.collector.sink import Origin
 from flowsage.graph.flows import FlowBatch, from_table
 from flowsage.models.detector import ClosedWindows, Detector
 from flowsage.models.explain import Finding

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flowsage.collector.errors import InputError, LogError
-from flowsage.collector.publish import Origin
+from flowsage.collector.sink import Origin
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.site import read_columns
 

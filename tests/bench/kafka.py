@@ -23,8 +23,9 @@ from flowsage.collector.agent import AgentSettings
 from flowsage.collector.errors import CaptureError
 from flowsage.collector.feed import capture_settings, feed_capture
 from flowsage.collector.program import FlowSettings, flow_program
-from flowsage.collector.publish import Origin, Publisher
+from flowsage.collector.publish import Publisher
 from flowsage.collector.records import RECORD_DTYPE, to_batch
+from flowsage.collector.sink import Origin
 from flowsage.collector.spool import Spool
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.topics import look_after, topics

@@ -15,8 +15,9 @@ from flowsage.collector.agent import Agent, AgentSettings
 from flowsage.collector.clock import CLOCK_STEP_NS, UnixClock
 from flowsage.collector.errors import ConfigurationError, InterfaceError
 from flowsage.collector.interface import in_namespace, read_interface
-from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, Sink, deserialise
+from flowsage.collector.publish import FLOWS_TOPIC, Publisher
 from flowsage.collector.records import FLOW_SCHEMA, packets_in
+from flowsage.collector.sink import Origin, Sink, deserialise
 from flowsage.pipelines.memory_log import MemoryLog
 from tests.collector.wires import Wire, attached, conversation, eventually, ip, udp, wire
 

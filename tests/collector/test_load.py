@@ -5,8 +5,8 @@ import time
 import pyarrow as pa
 
 from flowsage.collector.agent import Agent, AgentSettings
-from flowsage.collector.publish import Origin, Sink
 from flowsage.collector.records import packets_in
+from flowsage.collector.sink import Origin, Sink
 from tests.collector.wires import start_blast, wire
 
 MS = 1_000_000

@@ -20,8 +20,8 @@ from flowsage.collector.output import (
     human_bytes,
 )
 from flowsage.collector.parquet import ParquetOutput
-from flowsage.collector.publish import Origin
 from flowsage.collector.records import FLOW_SCHEMA, RECORD_DTYPE, to_batch
+from flowsage.collector.sink import Origin
 from flowsage.graph.flows import from_table
 
 START = 1_795_507_201_123_000_000

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pytest
 
 from flowsage.collector.errors import ConfigurationError, LogUnavailableError, RecordTooLargeError
-from flowsage.collector.publish import FLOWS_TOPIC, Origin, Publisher, deserialise, serialise
+from flowsage.collector.publish import FLOWS_TOPIC, Publisher
 from flowsage.collector.records import FLOW_SCHEMA, RECORD_DTYPE, to_batch
+from flowsage.collector.sink import Origin, deserialise, serialise
 from flowsage.collector.spool import Spool
 from flowsage.graph.flows import from_table
 from flowsage.pipelines.memory_log import MemoryLog

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from flowsage.collector.publish import Origin, serialise
+from flowsage.collector.sink import Origin, serialise
 from flowsage.pipelines.cli import LAB_DEFAULTS
 from flowsage.pipelines.config import Settings, load
 from flowsage.pipelines.log import Log

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pytest
 
 from flowsage.collector.errors import LogError, LogUnavailableError, RecordTooLargeError
-from flowsage.collector.publish import Origin, Publisher
+from flowsage.collector.publish import Publisher
 from flowsage.collector.records import packets_in
+from flowsage.collector.sink import Origin
 from flowsage.collector.spool import Spool
 from flowsage.pipelines.config import KafkaSettings
 from flowsage.pipelines.kafka import KafkaLog

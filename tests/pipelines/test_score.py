@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from flowsage.collector.publish import serialise
+from flowsage.collector.sink import serialise
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
