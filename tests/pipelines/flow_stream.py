@@ -47,14 +47,18 @@ def settings(graph: bool = False, **sections: dict[str, object]) -> Settings:
 
 def stream(
     seconds: float = 150.0, *, sensors: Sequence[str] = ("edge",), seed: int = 0, step_s: float = 0.5,
-    begin_ns: int = START, skew_s: dict[str, float] | None = None,
+    begin_ns: int = START, skew_s: dict[str, float] | None = None, attacks: int = 0,
 ) -> list[Batch]:  # fmt: skip
     """Batches of `seconds`, in the order in which they are drained: office work, a worm and a port scan.
 
-    Every host belongs to one of the sensors; skew_s: by how much a sensor's clock is ahead.
+    Every host belongs to one of the sensors; skew_s: by how much a sensor's clock is ahead; attacks: so many more
+    hosts scan, one every two seconds.
     """
     rng = np.random.default_rng(seed)
     rows = [*office(seconds, seed), *worm(QUIET_S, rng), *port_scan(QUIET_S + 30, rng)]
+    for n in range(attacks):
+        at = QUIET_S + 2.0 * n
+        rows += [(at + p * 0.002, f"10.77.1.{n + 1}", f"10.77.2.{n + 1}", p + 1, 0, 60, 54) for p in range(200)]
     rows = sorted(row for row in rows if 0 <= row[0] < seconds)
     flows = table(rows)
     start = flows.column("start_ns").to_numpy() - START
