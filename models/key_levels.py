@@ -107,7 +107,7 @@ def _assign(level, entries, run, rows, done, window, total, count):  # type: ign
 
     Returns (directed contacts done, window, rows so far, keys in the table): where to go on with a larger table.
     """
-    limit = entries.shape[0] * 3 // 5
+    limit = entries.shape[0] * 7 // 10
     mask = entries.shape[0] - 1
     ways = run.ways
     keys = np.empty(_BATCH, np.int64)

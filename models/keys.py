@@ -1,6 +1,6 @@
 """Keyed memory: 64-bit keys to dense slots, bounded by forgetting what was unseen for longest.
 
-A `KeyTable` is an open-addressing hash table (linear probing, at most 60 % full) of 32-byte entries, two to a cache
+A `KeyTable` is an open-addressing hash table (linear probing, at most 70 % full) of 32-byte entries, two to a cache
 line. It owns no values: whoever uses it keeps arrays indexed by slot, grows them with `len(table)`, and compacts them
 with what `evict` returns. New keys get slots in the order in which they come, so state of new keys is written in
 sequence. Keys have to be well mixed (`mix`, or a hash of a name): the low bits are the position.
@@ -55,7 +55,7 @@ def position(entries, key):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: int, slots: Int32) -> tuple[int, int]:
     """Slots of keys[done:], until the table is full. Returns (keys done, keys in the table)."""
-    limit = entries.shape[0] * 3 // 5
+    limit = entries.shape[0] * 7 // 10
     mask = entries.shape[0] - 1
     for i in range(done, len(keys)):
         prefetch(entries, keys[min(i + AHEAD, len(keys) - 1)] & mask)
@@ -94,7 +94,7 @@ def _place(source: Int64, target: Int64) -> None:
 def _power_of_two(count: int) -> int:
     """Smallest table for `count` keys."""
     size = 16
-    while size * 3 // 5 < count:
+    while size * 7 // 10 < count:
         size *= 2
     return size
 
