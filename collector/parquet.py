@@ -52,7 +52,7 @@ class ParquetOutput(Sink):
         sensor: str,
         rotate_bytes: int = 256 << 20,
         rotate_s: float = 300.0,
-        row_group: int = 65_536,
+        row_group: int = 16_384,
         monotonic: Callable[[], float] = time.monotonic,
         realtime: Callable[[], float] = time.time,
     ) -> None:
@@ -212,7 +212,7 @@ class _Stream:
         """Those that are whole, in order; then `count` and `cut_bytes` say how many, and what follows them."""
         self.count, self.cut_bytes, end = 0, self.size, 0
         if self.size:
-            with pa.memory_map(str(self.path)) as file, suppress(pa.ArrowException, OSError, StopIteration):
+            with pa.OSFile(str(self.path)) as file, suppress(pa.ArrowException, OSError, StopIteration):
                 reader = pa.ipc.open_stream(file)
                 end = file.tell()
                 while True:

@@ -1,16 +1,19 @@
 """A sensor on real interfaces: every packet is accounted for, whatever goes away, and nothing stays behind."""
 
 import json
+import os
 import socket
 import subprocess
 import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from flowsage.collector import syscall
 from flowsage.collector.agent import Agent, AgentSettings
 from flowsage.collector.clock import CLOCK_STEP_NS, UnixClock
 from flowsage.collector.errors import ConfigurationError, InterfaceError
@@ -332,3 +335,52 @@ def test_a_clock_that_is_set_is_followed_and_one_that_trembles_is_not():
     unix[0] += 3_600_000_000_000
     assert clock.update() == first + 3_600_000_000_000
     assert clock.steps == 1
+
+
+def test_egress_counts_what_the_host_itself_sends_and_leaves_nothing(cable):
+    sink = Keep()
+    agent = Agent(settings(cable, egress=True), sink)
+    agent.open()
+    sent = cable.send(udp("10.0.0.1", "10.0.0.2", 5, 6))
+    with in_namespace(cable.near), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind((cable.port, 0))
+        s.send(udp("10.0.0.2", "10.0.0.1", 6, 5))
+        s.send(udp("10.0.0.9", "10.0.0.1", 7, 8))
+    final = agent.close()
+    assert (final.closes, final.seen.packets) == (True, sent + 2)
+    flows = {row["src_ip"]: (row["packets_fwd"], row["packets_rev"]) for row in sink.table.to_pylist()}
+    assert flows == {"10.0.0.1": (1, 1), "10.0.0.9": (1, 0)}, "both ways are one flow"
+    with in_namespace(cable.near):
+        index = read_interface(cable.port).index
+        assert syscall.tcx_egress(index) == []
+
+
+def test_dedupe_counts_a_packet_that_two_interfaces_see_once(cable):
+    with wire(beside=cable) as second:
+        sink = Keep()
+        agent = Agent(settings(cable, second, dedupe=True), sink)
+        agent.start()
+        for _ in range(20):
+            cable.send(udp("10.0.0.1", "10.0.0.2", 1))
+            second.send(udp("10.0.0.1", "10.0.0.2", 1))
+        agent.stop()
+        final = agent.join()
+        assert final.closes
+        assert (final.seen.packets, final.reasons["duplicate"].packets) == (40, 20)
+        assert packets_in(sink.table) == 20
+
+
+def test_a_program_compiled_by_bcc_is_pinned_adopted_and_removed_like_any_other(cable):
+    root = Path(f"/sys/fs/bpf/fstest{os.getpid()}c")
+    sink = Keep()
+    for end in (Agent.leave, Agent.close):
+        agent = Agent(settings(cable, loader="bcc", pins=root), sink)
+        agent.open()
+        assert agent.lifetime.adopted == (end is Agent.close)
+        cable.send(udp("10.0.0.1", "10.0.0.2", 1))
+        agent.step()
+        end(agent)
+    assert packets_in(sink.table) == 2
+    assert agent.snapshot().closes
+    assert not root.exists()
+    assert not attached(cable)
