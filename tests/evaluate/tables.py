@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from tests.evaluate import bars
 from tests.evaluate.jobs import PRIORS, Result
 from tests.evaluate.measures import Area, Found
+from tests.evaluate.passes import DEFAULT
 
 
 def render(results: Mapping[str, Result]) -> str:
@@ -117,7 +118,14 @@ def _recall(results: Mapping[str, Result]) -> str:
             floor, goal = bars.RECALL[where][b]
             verdict = "goal" if recall >= goal else "floor" if recall >= floor else "SHORT"
             rows.append([f"{where}, budget {b:g}", f"{n} attacks", f"{recall:.2f}", f"≥ {floor}, goal {goal}", verdict])
-    return _grid("Attacks found", ["where", "", "ours", "bar", ""], sorted(rows))
+    rows.sort()
+    done = results.get("ablation")
+    if done is not None:
+        n, k, _ = done.values["found"][DEFAULT].by_kind["credentials"]
+        verdict = "met" if k >= bars.CREDENTIALS * n else "SHORT"
+        where = "another department's credentials, budget 10"
+        rows.append([where, f"{n} attacks", f"{k / n:.2f}", f"≥ {bars.CREDENTIALS:g}", verdict])
+    return _grid("Attacks found", ["where", "", "ours", "bar", ""], rows)
 
 
 def _of(results: Mapping[str, Result], budget: float) -> list[Found]:
