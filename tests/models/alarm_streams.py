@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from flowsage.graph.build import contacts
+from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import from_table
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.explain import Finding
@@ -115,8 +115,10 @@ def table(rows: list[Row]) -> pa.Table:
 class Watch:
     """History and alarms over rows, pane by pane, as the detector does it."""
 
-    def __init__(self, config: AlarmConfig = LAB) -> None:
+    def __init__(self, config: AlarmConfig = LAB, tails: dict[tuple[str, str], float] | None = None) -> None:
         self.alarms = Alarms(config)
+        self.tails = tails or {}
+        """What the graph's prior would say of some first meetings."""
         self.history = History(HistoryConfig())
 
     def run(self, rows: list[Row], until: float, after: float = 0.0) -> list[Finding]:
@@ -127,8 +129,13 @@ class Watch:
             for p in range(w * WINDOW, (w + 1) * WINDOW, PANE):
                 arrived = flows.take(slice(*np.searchsorted(start, (p, p + PANE))))
                 seen = contacts(arrived, EVER)
-                found += self.alarms.step(p + PANE, seen, self.history.lookup(seen), np.full(len(seen), np.nan))
+                found += self.alarms.step(p + PANE, seen, self.history.lookup(seen), self._said(seen))
             closed = flows.take(slice(*np.searchsorted(start, (w * WINDOW, (w + 1) * WINDOW))))
             if len(closed):
                 self.history.score(closed, contacts(closed, WINDOW))
         return found
+
+    def _said(self, seen: Contacts) -> np.ndarray:
+        names = seen.hosts.names.to_pylist() if self.tails else []
+        pairs = [(names[s], names[t]) for s, t in zip(seen.src, seen.dst, strict=True)] if self.tails else []
+        return np.array([self.tails.get(p, np.nan) for p in pairs]) if self.tails else np.full(len(seen), np.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -123,3 +124,26 @@ def test_what_is_counted_in_a_sentence_is_what_happened_and_one_is_not_many():
     finding = first(rows, host)
     assert re.search(r" (reached|met) \d+ new (internal )?peers? on tcp/445 in ", finding.sentence), finding.sentence
     assert ONE.sub(lambda m: f"1 {m[1]}{m[2][:-1]}", "met 1 new peers, 11 new peers") == "met 1 new peer, 11 new peers"
+
+
+def test_implausible_first_meetings_are_told_one_by_one_and_without_them_nothing_is_raised():
+    strangers = [f"10.77.0.{200 + i}" for i in range(6)]
+    rows = office(BEGIN + 80, 1)
+    meetings = [(BEGIN + 2.0 * i, CLIENTS[2], peer, 443, 1, 900, 4_000) for i, peer in enumerate(strangers)]
+    tails = {(CLIENTS[2], peer): 1 / 20_000 for peer in strangers}
+
+    def raised(extra: list[Row], until: float = BEGIN + 20):  # type: ignore[no-untyped-def]
+        found = created(Watch(dataclasses.replace(LOUD, budget=500.0), tails).run(rows + extra, until))
+        return next((f for f in found if f.host == CLIENTS[2] and "meeting" in (f.analytic, f.lead)), None)
+
+    finding = raised(meetings)
+    assert finding.technique == "T1078"
+    assert {e.dst for e in finding.evidence} <= set(strangers)
+    assert len(finding.evidence) >= 2
+    for e in finding.evidence:
+        assert e.text == "first meeting on tcp/443: 1 of 20,000 first meetings is as unlikely"
+        assert e.facts["probability"] == pytest.approx(1 / 20_000, rel=0.01)
+    shown = {e.dst for e in finding.evidence}
+    until = (finding.alarm_ns - START) / S
+    assert raised(meetings, until) == finding
+    assert raised([m for m in meetings if m[2] not in shown], until) is None
