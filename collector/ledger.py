@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flowsage.collector.program import FlowProgram
 
 NOT_FLOWS = ("non_ip", "malformed", "truncated", "duplicate")
-"""Reasons why a packet belongs in no record (duplicate: its other copy does); every other reason that the program counts is a loss."""
+"""Reasons why a packet belongs in no record (duplicate: its other copy does); every other that is counted is a loss."""
 
 EVENTS = ("created", "table_full", "closed_race", "retries", "misattributed", "ring_full")
 """Counters of what is no packet."""
