@@ -1,15 +1,29 @@
 """What the README says is there, is there."""
 
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
+from scapy.layers.inet import IP, UDP
+from scapy.layers.l2 import Ether
 
 from flowsage.pipelines.cli import main
+from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.metrics import METRICS
+from flowsage.pipelines.status import fetch
+from tests.broker import Broker, free_ports
+from tests.collector.wires import eventually, ip
 from tests.conftest import ROOT
+from tests.pipelines.test_replay import scan_flows
 
 README = (ROOT / "README.md").read_text()
 
@@ -28,12 +42,105 @@ def test_every_command_and_option_that_is_shown_exists() -> None:
         help_text = CliRunner().invoke(main, [words[1], "--help"]).output
         for option in (w for w in words if w.startswith("--")):
             assert option in help_text, line
-    assert shown >= {"run", "collect", "replay", "lab", "status"}
+    assert shown >= {"run", "collect", "replay", "lab", "status", "topics", "score", "watch"}
 
 
-def test_the_example_in_python_runs(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from tests.pipelines.test_replay import scan_flows
+def example(words: str) -> str:
+    """The one example of Python that has these words in it."""
+    (found,) = [e for e in re.findall(r"```python\n(.*?)```", README, re.S) if words in e]
+    return str(found)
 
+
+def test_the_example_of_a_host_graph_runs(tmp_path: Path) -> None:
     scan_flows(tmp_path / "lab.parquet", minutes=12)
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", example("host_graph")], cwd=tmp_path, check=True)
+
+
+def test_the_example_of_a_subscriber_prints_findings(broker: Broker, tmp_path: Path) -> None:
+    broker.create_topic("flowsage.anomalies.v1")
+    findings = tmp_path / "findings.jsonl"
+    scan_flows(tmp_path / "scan.parquet", minutes=90)
+    flowsage = [sys.executable, "-m", "flowsage.pipelines.cli"]
+    subprocess.run([*flowsage, "replay", "scan.parquet", "--findings", str(findings)], cwd=tmp_path, check=True)
+    with closing(KafkaLog(broker.settings())) as log:
+        for line in findings.read_text().splitlines():
+            log.append("flowsage.anomalies.v1", b"host", line.encode())
+    program = example("subscribe").replace("kafka1:9092", broker.bootstrap)
+    with Command([sys.executable, "-uc", program]) as subscriber:
+        subscriber.wait("expected")
+
+
+class Command:
+    """A command that runs until it is told to stop; what it says can be waited for."""
+
+    def __init__(self, command: list[str], **environment: str) -> None:
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
+        )
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.said.append(line)
+
+    def wait(self, text: str) -> None:
+        eventually(lambda: text in "".join(self.said) or self._process.poll() is not None, 60)
+        assert text in "".join(self.said), "".join(self.said)
+
+    def stop(self) -> str:
+        """SIGTERM; it must end well."""
+        self._process.terminate()
+        assert self._process.wait(60) == 0, "".join(self.said)
+        self._reader.join()
+        return "".join(self.said)
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def port() -> Iterator[str]:
+    """A port of this machine that something can be sent to; the name of its other end is one longer."""
+    name = f"fsrm{os.getpid() % 1_000_000}"
+    ip("link", "add", name, "type", "veth", "peer", "name", name + "x")
+    for end in (name, name + "x"):
+        ip("link", "set", end, "addrgenmode", "none")
+        ip("link", "set", end, "up")
+    yield name
+    ip("link", "delete", name)
+
+
+def test_the_set_up_of_two_machines_works_as_pasted(broker: Broker, port: str, tmp_path: Path) -> None:
+    (block,) = (b for b in re.findall(r"```\n(.*?)```", README, re.S) if b.startswith("flowsage topics"))
+    here = {"kafka1:9092": broker.bootstrap, "eth0": port, "/var/lib/flowsage/state": str(tmp_path / "state")}
+    lines = [shlex.split(line.split("#")[0]) for line in block.splitlines()]
+    topics, collect, score, watch = (
+        [sys.executable, "-m", "flowsage.pipelines.cli", *(here.get(word, word) for word in line[1:])] for line in lines
+    )
+    metrics = free_ports(1)[0]
+    subprocess.run(topics, check=True)
+    with (
+        Command(collect, FLOWSAGE_SENSOR__NAME=port) as sensor,
+        Command(score, FLOWSAGE_METRICS__PORT=str(metrics)) as scorer,
+        Command(watch) as watcher,
+    ):
+        sensor.wait("watching")
+        frames = [
+            bytes(Ether() / IP(src="10.0.0.1", dst="10.0.0.2") / UDP(sport=1000 + n, dport=53)) for n in range(50)
+        ]
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as wire:
+            wire.bind((port + "x", 0))
+            for frame in frames:
+                wire.send(frame)
+        scorer.wait("metrics")
+        assert "the ledger closes" in sensor.stop()
+        eventually(lambda: fetch("127.0.0.1", metrics).get("flowsage_flows_consumed_total", {}).get("", 0) >= 50, 60)
+        scorer.stop()
+        watcher.stop()
