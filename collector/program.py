@@ -118,8 +118,8 @@ class FlowSettings:
     `external_clock`: time is what `FlowProgram.clock[0]` holds (captures, tests), and a frame's length `clock[1]` where
     its top bit is set; `mirror`: packets are dropped after they were counted; `dedupe`: one that several interfaces see
     is counted on one of them (a copy may be a second late; each direction of a flow has an interface, which another
-    takes over from after a second of silence); `tcp_ends`: FIN, RST and a new SYN end a flow; `egress`: with the program
-    for what leaves an interface (the verifier takes 0.2 s for it); `wake_bytes`: wake the reader when so much waits.
+    takes over from after a second of silence); `tcp_ends`: FIN, RST and a new SYN end a flow; `egress`: with one for
+    what leaves an interface (the verifier takes 0.2 s for it); `wake_bytes`: wake the reader when so much waits.
     """
 
     table_entries: int = 262_144
