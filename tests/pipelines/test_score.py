@@ -8,16 +8,18 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from flowsage.collector.errors import ConfigurationError
 from flowsage.collector.sink import serialise
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
 from flowsage.pipelines.score import Scoring
 from flowsage.pipelines.site import Progress, Site
-from flowsage.pipelines.state import SnapshotStore
+from flowsage.pipelines.state import Snapshot, SnapshotStore
 from flowsage.pipelines.topics import anomalies_topic, dlq_topic, embeddings_topic, flows_topic
 from tests.pipelines.flow_stream import Batch, LogClock, again, heartbeat, memory, publish, read_all, settings, stream
 
@@ -460,3 +462,36 @@ def test_a_heartbeat_moves_the_clock_and_carries_no_flows() -> None:
     scoring = run(log, settings())
     assert site(scoring).scorer.buffer.open_flows() == 0
     assert site(scoring).scorer.counters.scored == sum(b.flows for b in batches)
+
+
+@pytest.mark.parametrize("renames", [True, False])
+def test_a_snapshot_comes_back_as_it_was_from_a_folder_and_from_a_store_without_names(
+    tmp_path: Path, renames: bool
+) -> None:
+    store = SnapshotStore(f"file://{tmp_path}/state")
+    # As an object store: no file is renamed, each is put there whole.
+    store._local = renames
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a/b": rng.integers(0, 2**63, 1000, np.uint64),
+        "c": rng.random((3, 4)),
+        "none": np.empty((0, 2), np.int32),
+    }
+    for position in (5, 7):
+        store.write(Snapshot(("g", "t", 3), position, arrays, {"of": position, "float": 0.1}))
+    found = list(store.newest(("g", "t", 3)))
+    assert [s.position for s in found] == [7, 5]
+    assert [s.values for s in found] == [{"of": 7, "float": 0.1}, {"of": 5, "float": 0.1}]
+    assert found[0].arrays.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[0].arrays[name].dtype == array.dtype
+        assert np.array_equal(found[0].arrays[name], array)
+    assert list(store.newest(("g", "t", 4))) == []
+    assert list(store.newest(("other", "t", 3))) == []
+
+
+def test_a_state_that_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for where in (str(tmp_path / "file" / "below"), "nowhere://x"):
+        with pytest.raises(ConfigurationError, match="cannot be used"):
+            SnapshotStore(where)
