@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from flowsage.collector.errors import ModelError, UsageError
 from flowsage.graph.addresses import Internal
@@ -79,6 +80,8 @@ def train(paths: tuple[Path, ...], model: Path, settings: Settings, training: Tr
     earlier training does not fit, UsageError where there is nothing to read.
     """
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"directory": ""})})
+    # The same bytes on any machine; who has more cores starts more processes, which share the batches of a step.
+    torch.set_num_threads(1)
     with World() as world:
         device = world.device(training.device)
         lead = _Lead(paths, model, settings, training) if world.leads else None
