@@ -71,9 +71,7 @@ def port_scan(f: Flows, s: Scene, i: int) -> None:
     """The first five hundred ports of one host in half a minute; three are open."""
     ports = f.rng.permutation(np.arange(1, 501))
     state = np.where(np.isin(ports, (22, 80, 443)), 0, REFUSED)
-    f.add(
-        s.begin_s + np.arange(500) * 0.06, s.attacker, s.victim, ports, out=200.0, back=200.0, state=state, attack=i
-    )
+    f.add(s.begin_s + np.arange(500) * 0.06, s.attacker, s.victim, ports, out=200.0, back=200.0, state=state, attack=i)
 
 
 def slow_port_scan(f: Flows, s: Scene, i: int) -> None:
