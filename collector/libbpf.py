@@ -92,7 +92,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 @cache
 def library() -> Any:
-    """libbpf.so.1, loaded once, its log silenced. Raises KernelSupportError where it is not installed."""
+    """libbpf.so.1, loaded once. Raises KernelSupportError where it is not installed."""
     try:
         lib = ct.CDLL("libbpf.so.1", use_errno=True)
     except OSError as error:
@@ -100,8 +100,14 @@ def library() -> Any:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    lib.libbpf_set_print(_listener)
     return lib
+
+
+def _listen_anew() -> None:
+    """Before what may fail: libbpf's words come to us from here on. BCC, in the same process, takes them for itself."""
+    if available():
+        library().libbpf_set_print(_listener)
+    _words().clear()
 
 
 def available() -> bool:
@@ -158,7 +164,7 @@ class Object:
             raise ObjectError(f"no program object at {path}; build it with `make bpf`")
         self.path = path
         self._lib = library()
-        _words().clear()
+        _listen_anew()
         pointer = self._lib.bpf_object__open_file(os.fsencode(path), None)
         if not pointer:
             raise failure(ct.get_errno(), f"{path} is not a program object that libbpf can open", ObjectError)
@@ -209,7 +215,7 @@ class Object:
 
     def load(self) -> None:
         """Hands everything to the kernel and its verifier."""
-        _words().clear()
+        _listen_anew()
         check(self._lib.bpf_object__load(self._object), f"the kernel refused {self.path}", RejectedError)
 
     def first_program(self, kind: int) -> str:
@@ -277,7 +283,7 @@ def xdp_query(ifindex: int) -> XdpQuery:
 
 def xdp_detach(ifindex: int, flags: int) -> int:
     """Detaches what netlink attached, in the mode of `flags`. Returns 0 or −errno (a link's program stays)."""
-    _words().clear()
+    _listen_anew()
     if available():
         return int(library().bpf_xdp_detach(ifindex, flags, None))
     from flowsage.collector import netlink
@@ -292,5 +298,5 @@ def link_detach(fd: int) -> None:
 
 def xdp_link(program_fd: int, ifindex: int, flags: int) -> int:
     """Attaches by a link, which lasts as long as its descriptor. Returns that, or −errno."""
-    _words().clear()
+    _listen_anew()
     return syscall.link_xdp(program_fd, ifindex, flags)

@@ -212,7 +212,8 @@ class Broker:
 
 def make_brokers(jars: Path, folder: Path, count: int = 1) -> list[Broker]:
     """Brokers of one cluster, not started."""
-    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    # 22 characters of base64; the tool takes one that begins with a dash for an option.
+    cluster = "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")[1:]
     numbers = free_ports(3 * count)
     ports = [(numbers[3 * n], numbers[3 * n + 1], numbers[3 * n + 2]) for n in range(count)]
     return [Broker(jars, folder / f"broker{n}", n, ports, cluster) for n in range(1, count + 1)]

@@ -14,7 +14,7 @@ from flowsage.models.sage import (
     neighbour_mean,
 )
 
-from .sage_bench import bench_forward, forward_case
+from .sage_bench import forward_case
 
 
 def graph(nodes: int, edges: int, seed: int) -> torch.Tensor:
@@ -145,13 +145,3 @@ def test_few_live_rows_among_known_embeddings_get_what_the_whole_graph_would_giv
 def test_both_forward_passes_of_the_benchmark_agree() -> None:
     case = forward_case(2_000, 20_000)
     torch.testing.assert_close(case.ours(), case.pyg(), atol=1e-4, rtol=1e-4)
-
-
-def test_the_fast_path_beats_pyg_by_far() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        times = bench_forward(20_000, 200_000, repeats=5)
-    finally:
-        torch.set_num_threads(threads)
-    assert times.ratio > 4, times  # at the bar's size it is above 8; here the machine may be busy with other tests
