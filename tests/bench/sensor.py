@@ -48,10 +48,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def peak_megabytes(pid: int) -> float:
-    """The most that was ever resident, in MB."""
+    """The most that was ever resident, in MB; 0 for a process that has ended."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024 / 1e6
+    return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
 def load(cable: Wire, output: str) -> tuple[float, float]:
@@ -60,15 +59,20 @@ def load(cable: Wire, output: str) -> tuple[float, float]:
     before = cpu_seconds(process.pid)
     blast = start_blast(cable, flows=FLOWS, packets=PACKETS, rate=RATE)
     sent, _ = blast.communicate()
-    # The last flows time out, or are flushed: either way they are written before it ends.
-    peak = peak_megabytes(process.pid)
+    # The last flows time out, or are flushed: either way they are written before it ends. What the kernel tells of an
+    # ended process counts this one's memory too, from before the exec: so it is asked until the end.
+    peak = now = peak_megabytes(process.pid)
     process.send_signal(signal.SIGTERM)
+    while now:
+        peak = max(peak, now)
+        time.sleep(0.001)
+        now = peak_megabytes(process.pid)
     _, status, usage = os.wait4(process.pid, 0)
     assert process.stderr is not None
     told = process.stderr.read()
     if status or f"{int(sent):,} packets seen" not in told or "the ledger closes" not in told:
         raise RuntimeError(told)
-    return usage.ru_utime + usage.ru_stime - before, max(peak, usage.ru_maxrss * 1024 / 1e6)
+    return usage.ru_utime + usage.ru_stime - before, peak
 
 
 def drained() -> tuple[float, float]:
