@@ -250,7 +250,7 @@ def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
 
     \b
     flowsage train monday.parquet tuesday.parquet --output models/office
-    flowsage train --bootstrap kafka1:9092 --from 2026-01-05 --to 2026-01-12 --output models/office
+    flowsage train --kafka kafka1:9092 --from 2026-01-05 --to 2026-01-12 --output models/office
     torchrun --nproc-per-node 2 -m flowsage.pipelines.cli train FLOWS... --output DIR
     """
     own = ("steps", "batches", "device", "checkpoint", "restart")
@@ -265,7 +265,7 @@ def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
     if bool(flows) == (begin is not None):
         raise UsageError("name what to learn from: flow files, or --from MOMENT for a time range of the topic")
     if begin is not None and not settings.kafka.bootstrap_servers:
-        raise UsageError("name a broker: --bootstrap HOST:PORT, or kafka.bootstrap_servers in the configuration")
+        raise UsageError("name a broker: --kafka HOST:PORT, or kafka.bootstrap_servers in the configuration")
     from flowsage.pipelines.train import TrainSettings
     from flowsage.pipelines.train import train as train_model
 
