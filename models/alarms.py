@@ -23,7 +23,7 @@ from flowsage.graph.flows import UInt64, hash_names
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
 from flowsage.models.calibration import Calibration, Readiness
-from flowsage.models.cells import Memory
+from flowsage.models.cells import CELL, Memory, by_group
 from flowsage.models.episodes import QUIET, Episodes, Offer
 from flowsage.models.explain import META, Evidence, Explained, Finding, explain
 
@@ -39,7 +39,7 @@ GRANDFATHERED = 30 * an.MINUTE
 THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
 
-VERSION = 1
+VERSION = 2
 
 
 class Said(Protocol):
@@ -205,7 +205,8 @@ class Alarms:
             active = tuple(np.concatenate(a) if a else empty for a in self._active)
             h, scale = self.memory.hosts.arrays, self.config.time_scale
             self.calibration.flush(
-                (active[0], active[1]), h["best"], h["run"], h["last"], h["excluded"], h["born"], self._now,
+                (active[0], active[1]), tuple(h[name] for name in by_group("best")),
+                tuple(h[name] for name in by_group("run")), h["last"], h["excluded"], h["born"], self._now,
                 self._block, (an.HOUR / scale, an.DAY / scale),
             )  # fmt: skip
             h["causes"][np.concatenate(active)] = 0.0
@@ -251,7 +252,9 @@ class Alarms:
             h["born"][before : len(m.hosts.table)] = now
             self._name(before, slots, c)
         born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
-        cells = tuple(s.arrays["cells"].reshape(-1, 6) for s in (m.hosts, m.services, m.pairs, m.contacts))
+        stores = m.hosts, m.services, m.pairs, m.contacts
+        cells, past = (tuple(s.arrays[name].reshape(-1, CELL) for s in stores) for name in ("cells", "past"))
+        best = tuple(h[name] for name in by_group("best"))
         known = np.stack((looked.known, looked.pair_known, looked.service_known)) > 0
         counts, sent = np.stack((c.flows, c.answered, c.failed)), c.bytes_fwd - c.bytes_rev
         fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
@@ -275,18 +278,18 @@ class Alarms:
 
         def judged(part: int, parts: int) -> tuple[Array, Array]:
             touched = np.empty((n * levels.A + n, 3), np.int32)
-            raised = levels.raise_levels(  # type: ignore[call-arg]
-                part, parts, slots, *what, *cells, h["born"], h["inside"], h["record"], self._tau, self._span, step,
-                *kinds, an.IS_TARGET, self._fade, now, touched,
+            raised = levels.raise_levels(
+                part, parts, slots, *what, cells, past, h["born"], h["inside"], h["record"],
+                self._tau, self._span, step, *kinds, an.IS_TARGET, self._fade, now, touched,
             )  # fmt: skip
             raised = levels.set_statistic(
                 part, parts, slots[0], cells[3], slots[4], strength, an.BEACON, 1, 0, now, touched, raised
             )
             found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
-            count = levels.judge(  # type: ignore[call-arg]
-                touched, raised, slots, *cells, h["born"], born, h["record"], *self._parameters, self._floors,
+            count = levels.judge(
+                touched, raised, slots, cells, past, h["born"], born, h["record"], *self._parameters, self._floors,
                 self._tau, self._span, step, *kinds, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON,
-                an.LEARNS, an.LEAST, an.SHARE, an.JOINT, self._open, h["best"], h["causes"], h["excluded"],
+                an.LEARNS, an.LEAST, an.SHARE, an.JOINT, self._open, best, h["causes"], h["excluded"],
                 h["smallest"], self._fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed, found, values,
             )  # fmt: skip
             return found[:count], values[:count]
@@ -411,9 +414,9 @@ class Alarms:
             slot = slots[analytic.kind]
             if analytic.tau == 0.0 or analytic.role != "source" or slot < 0 or causes[an.FAMILY[a]] <= 0:
                 continue
-            cell = stores[analytic.kind].arrays["cells"][slot][an.COLUMN[a]]
+            cell, past = (stores[analytic.kind].arrays[name][slot][an.COLUMN[a]] for name in ("cells", "past"))
             x = float(np.log1p(cell[levels.LEVEL] * np.exp((cell[levels.AT] - now) / self._tau[a])))
-            record = max(0.0, float(cell[levels.RECORD]) - self._fade * now)
+            record = max(0.0, float(past[levels.RECORD]) - self._fade * now)
             age = now - float(m.hosts.arrays["born"][source])
             record += float(levels.growth(age, self._block_ns / 1e9, self._tau[a], self._span[a]))
             if x - record >= levels.LEAST_EXCESS and x >= an.LEAST[a]:

@@ -74,7 +74,10 @@ def _count(k, e, prior_b, a, g, excess):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _flush(active, role, is_target, best, run, last, excluded, births, now, block, ages, k, e, prior_b, n):  # type: ignore[no-untyped-def]
-    """End of a block for the hosts `active` in `role`: count it, and the exceedances in `best`, which is emptied."""
+    """End of a block for the hosts `active` in `role`: count it, and the exceedances in `best`, which is emptied.
+
+    Nothing is written where nothing changes: what stays nought takes no memory.
+    """
     analytics, groups = k.shape
     for host in active:
         age = now - births[host]
@@ -85,10 +88,10 @@ def _flush(active, role, is_target, best, run, last, excluded, births, now, bloc
             if is_target[a] != (role == 1):
                 continue
             for g in range(groups):
-                at = a * groups + g
-                excess = best[host, at] - THRESHOLD
-                best[host, at] = 0.0
-                event = run[host, at]
+                excess = best[g][host, a] - THRESHOLD
+                if best[g][host, a] != 0.0:
+                    best[g][host, a] = 0.0
+                before = event = run[g][host, a]
                 # What goes on is not judged by itself: an event counts when it is over, except that of a new host or a
                 # target, of whom many are never seen again. One that was named does not count at all.
                 ended = fresh or excess <= 0.0
@@ -103,8 +106,10 @@ def _flush(active, role, is_target, best, run, last, excluded, births, now, bloc
                     if g == 0 or role == 1:
                         _count(k, e, prior_b, a, g, event)
                         event = DONE
-                run[host, at] = event
-            excluded[host, a] = False
+                if event != before:
+                    run[g][host, a] = event
+            if excluded[host, a]:
+                excluded[host, a] = False
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,8 @@ class Calibration:
     def flush(  # the arrays belong to `levels.Levels`
         self,
         active: tuple[I8, I8],
-        best: npt.NDArray[np.float32],
-        run: npt.NDArray[np.float32],
+        best: tuple[npt.NDArray[np.float32], ...],
+        run: tuple[npt.NDArray[np.float32], ...],
         last: I8,
         excluded: npt.NDArray[np.bool_],
         births: F8,
@@ -186,7 +191,7 @@ class Calibration:
         block: int,
         ages: tuple[float, float],
     ) -> None:
-        """A block has ended: count the `active` hosts by role, and their largest excesses `best` [h, A·4]."""
+        """A block has ended: count the `active` hosts by role, and their largest excesses, `best` [h, A] by group."""
         for role in (0, 1):
             _flush(active[role], role, IS_TARGET, best, run, last, excluded, births, now, block, ages,
                    self.k, self.e, self.prior_b, self.n)  # fmt: skip

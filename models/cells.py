@@ -16,38 +16,56 @@ from flowsage.models.prior import GROUPS
 
 Array = npt.NDArray[Any]
 
-CELL = 6
-"""Columns of a cell, see `levels`."""
+CELL = 3
+"""Columns of a cell, and of its past, see `levels`."""
 
-_A, _G, _F = len(TABLE), len(GROUPS), len(FAMILIES)
-_EMPTY_CELL = np.array([0.0, -1.0, 0.0, 0.0, 0.0, -1.0])
+_PIECE = 1 << 21
+"""Bytes looked at at once for whether they are all nought: a huge page."""
+
+_A, _F = len(TABLE), len(FAMILIES)
+Field = tuple[tuple[int, ...], str, Any]
 
 
-def _cells(kind: int) -> tuple[tuple[int, ...], str, Any]:
-    return (int(WIDTH[kind]), CELL), "f8", _EMPTY_CELL
+def _cells(kind: int) -> dict[str, Field]:
+    return {name: ((int(WIDTH[kind]), CELL), "f8", 0.0) for name in ("cells", "past")}
 
 
-FIELDS: dict[str, dict[str, tuple[tuple[int, ...], str, Any]]] = {
+def by_group(name: str) -> tuple[str, ...]:
+    """Names of the fields that hold `name` for each age group: most hosts are in one of them, the others stay empty."""
+    return tuple(f"{name}_{g}" for g in range(len(GROUPS)))
+
+
+FIELDS: dict[str, dict[str, Field]] = {
     "hosts": {
-        "cells": _cells(HOST),
+        **_cells(HOST),
         "born": ((), "f8", -1.0),
         "inside": ((), "?", False),
         "name": ((), "O", ""),
         "record": ((_A,), "f8", 0.0),
         "active": ((2,), "i8", -1),
         "last": ((2,), "i8", -(1 << 40)),
-        "best": ((_A * _G,), "f4", 0.0),
-        "run": ((_A * _G,), "f4", 0.0),
+        **dict.fromkeys((*by_group("best"), *by_group("run")), ((_A,), "f4", 0.0)),
         "excluded": ((_A,), "?", False),
         "causes": ((_F,), "f4", 0.0),
         "smallest": ((), "f8", 1.0),
     },
-    "services": {"cells": _cells(SERVICE), "born": ((), "f8", -1.0)},
-    "pairs": {"cells": _cells(PAIR), "born": ((), "f8", -1.0)},
-    "contacts": {"cells": _cells(CONTACT), "born": ((), "f8", -1.0), "beat": ((beacon.COLUMNS,), "f8", 0.0)},
+    "services": {**_cells(SERVICE), "born": ((), "f8", -1.0)},
+    "pairs": {**_cells(PAIR), "born": ((), "f8", -1.0)},
+    "contacts": {**_cells(CONTACT), "born": ((), "f8", -1.0), "beat": ((beacon.COLUMNS,), "f8", 0.0)},
     "codes": {"tally": ((2,), "f8", 0.0)},
 }
 """Arrays of each table: shape of a slot's part, dtype, and what an unused slot holds."""
+
+
+def _moved(array: Array, rows: npt.NDArray[np.intp], size: int) -> Array:
+    """These rows of an array at the beginning of one of `size` rows, which takes memory only where it is not nought."""
+    moved = np.zeros((size, *array.shape[1:]), array.dtype)
+    step = max(1, _PIECE // (array.itemsize * int(np.prod(array.shape[1:]))))
+    for begin in range(0, len(rows), step):
+        piece = array[rows[begin : begin + step]]
+        if piece.any():
+            moved[begin : begin + len(piece)] = piece
+    return moved
 
 
 @dataclass
@@ -56,7 +74,7 @@ class Store:
 
     table: KeyTable
     arrays: dict[str, Array]
-    fields: dict[str, tuple[tuple[int, ...], str, Any]]
+    fields: dict[str, Field]
     filled: int = 0
     """Slots that hold something, or the values of an unused slot."""
 
@@ -71,17 +89,16 @@ class Store:
         return slots
 
     def _room(self, needed: int) -> None:
-        """Room for `needed` slots. What is not used yet is not written: the first touch of memory is what costs."""
+        """Room for `needed` slots. What is not used yet, or is nought, is not written: only then it takes memory."""
         if needed <= self.filled:
             return
         held = len(next(iter(self.arrays.values())))
         size = held if needed <= held else max(needed, 2 * held, 1024)
-        for name, (shape, dtype, fill) in self.fields.items():
+        for name, (_, _, fill) in self.fields.items():
             if size > held:
-                old = self.arrays[name]
-                self.arrays[name] = np.empty((size, *shape), dtype)
-                self.arrays[name][: self.filled] = old[: self.filled]
-            self.arrays[name][self.filled : needed] = fill
+                self.arrays[name] = _moved(self.arrays[name], np.arange(self.filled), size)
+            if fill != 0:
+                self.arrays[name][self.filled : needed] = fill
         self.filled = needed
 
     def evict(self, max_keys: int) -> npt.NDArray[np.int32] | None:
@@ -89,8 +106,8 @@ class Store:
         remap = self.table.evict(max_keys)
         if remap is not None:
             kept = np.flatnonzero(remap >= 0)
-            for array in self.arrays.values():
-                array[: len(kept)] = array[kept]
+            for name, array in self.arrays.items():
+                self.arrays[name] = _moved(array, kept, len(array))
             self.filled = len(kept)
         return remap
 

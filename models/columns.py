@@ -20,35 +20,38 @@ class Columns:
     """Named arrays [capacity, …], filled with a value of their own where nothing was written.
 
     `fields` gives (dtype, shape of a row, fill). Arrays are read and written in place; they are replaced when they
-    grow.
+    grow. They are as long as what room was asked for; what is held beyond that is not written, and takes no memory.
     """
 
     def __init__(self, **fields: tuple[Any, tuple[int, ...], float]) -> None:
-        self._fields = fields
+        self._fields, self._filled = fields, 16
         self._arrays: dict[str, Array] = {
             n: np.full((16, *row), fill, dtype) for n, (dtype, row, fill) in fields.items()
         }
 
     def __getitem__(self, name: str) -> Array:
-        return self._arrays[name]
+        return self._arrays[name][: self._filled]
 
     def ensure(self, count: int) -> None:
         """Room for `count` slots."""
-        held = len(next(iter(self._arrays.values())))
-        if count <= held:
+        if count <= self._filled:
             return
+        held = len(next(iter(self._arrays.values())))
         while held < count:
             held *= 2
         for name, (dtype, row, fill) in self._fields.items():
-            grown = np.full((held, *row), fill, dtype)
-            grown[: len(self._arrays[name])] = self._arrays[name]
-            self._arrays[name] = grown
+            if held > len(self._arrays[name]):
+                grown = np.empty((held, *row), dtype)
+                grown[: self._filled] = self[name]
+                self._arrays[name] = grown
+            self._arrays[name][self._filled : count] = fill
+        self._filled = count
 
     def compact(self, remap: Int32) -> None:
         """Keep the slots that `remap` i32[old slots] sends somewhere, in order (as `KeyTable.evict` gives it)."""
         kept = np.flatnonzero(remap >= 0)
         for name, (_, _, fill) in self._fields.items():
-            array = self._arrays[name]
+            array = self[name]
             array[: len(kept)] = array[kept]
             array[len(kept) :] = fill
 

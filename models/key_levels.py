@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.keys import KEY, ROW, SEEN, SLOT, Int32, Int64, KeyTable, aligned_zeros, mix, position
+from flowsage.models.keys import KEY, LOWER, SEEN, SLOT, Int32, Int64, KeyTable, aligned_zeros, mix, position
 from flowsage.models.weights import CONSTANTS
 
 S, SVC, SS, E, ES, O = range(6)  # noqa: E741
@@ -139,14 +139,14 @@ def _assign(level, entries, run, rows, done, window, total, count):  # type: ign
                     entries[at, KEY] = key
                     entries[at, SLOT] = count
                     entries[at, SEEN] = tick - 1
-                slot = np.int32(entries[at, SLOT] - 1)
+                slot = np.int32((entries[at, SLOT] & LOWER) - 1)
                 if entries[at, SEEN] != tick:
                     entries[at, SEEN] = tick
-                    entries[at, ROW] = total - rows.start[w]
+                    entries[at, SLOT] = ((total - rows.start[w]) << 32) | np.int64(slot + 1)
                     rows.row_slot[total] = slot
                     total += 1
                 rows.slot[v] = slot
-                rows.row[v] = entries[at, ROW]
+                rows.row[v] = entries[at, SLOT] >> 32
     rows.start[len(run.windows)] = total
     return len(rows.slot), len(run.windows), total, count
 

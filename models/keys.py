@@ -1,9 +1,9 @@
 """Keyed memory: 64-bit keys to dense slots, bounded by forgetting what was unseen for longest.
 
-A `KeyTable` is an open-addressing hash table (linear probing, at most 70 % full) of 32-byte entries, two to a cache
-line. It owns no values: whoever uses it keeps arrays indexed by slot, grows them with `len(table)`, and compacts them
-with what `evict` returns. New keys get slots in the order in which they come, so state of new keys is written in
-sequence. Keys have to be well mixed (`mix`, or a hash of a name): the low bits are the position.
+A `KeyTable` is an open-addressing hash table (linear probing, at most 70 % full) of 24-byte entries. It owns no values:
+whoever uses it keeps arrays indexed by slot, grows them with `len(table)`, and compacts them with what `evict` returns.
+New keys get slots in the order in which they come, so state of new keys is written in sequence. Keys have to be well
+mixed (`mix`, or a hash of a name): the low bits are the position.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
 
-KEY, SLOT, SEEN, ROW = 0, 1, 2, 3
-"""Words of an entry: the key, slot + 1 (0: empty, so that fresh zero pages are an empty table), the tick at which it
-was last seen, and a word that belongs to the owner for the duration of a tick."""
+KEY, SLOT, SEEN = range(3)
+"""Words of an entry: the key, slot + 1 (0: empty, so that fresh zero pages are an empty table), and the tick at which
+it was last seen. The upper half of the slot's word belongs to the owner for the duration of a tick."""
+
+LOWER = np.int64(0xFFFF_FFFF)
+"""The slot's part of its word."""
 
 AHEAD = 16
 """How many rows ahead kernels `prefetch`."""
@@ -44,7 +47,7 @@ def mix(a, b):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def position(entries, key):  # type: ignore[no-untyped-def]
-    """Index of `key`'s entry, or of the empty entry where it would go. `entries` i64[2^k, 4], `key` i64."""
+    """Index of `key`'s entry, or of the empty entry where it would go. `entries` i64[2^k, 3], `key` i64."""
     mask = entries.shape[0] - 1
     at = key & mask
     while entries[at, SLOT] != 0 and entries[at, KEY] != key:
@@ -67,7 +70,7 @@ def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: in
             entries[at, KEY] = keys[i]
             entries[at, SLOT] = count
         entries[at, SEEN] = tick
-        slots[i] = entries[at, SLOT] - 1
+        slots[i] = (entries[at, SLOT] & LOWER) - 1
     return len(keys), count
 
 
@@ -76,7 +79,7 @@ def _find(entries: Int64, keys: Int64, slots: Int32) -> None:
     mask = entries.shape[0] - 1
     for i in range(len(keys)):
         prefetch(entries, keys[min(i + AHEAD, len(keys) - 1)] & mask)
-        slots[i] = entries[position(entries, keys[i]), SLOT] - 1
+        slots[i] = (entries[position(entries, keys[i]), SLOT] & LOWER) - 1
 
 
 @numba.njit(cache=True, nogil=True)
@@ -87,7 +90,7 @@ def _place(source: Int64, target: Int64) -> None:
         prefetch(target, source[min(i + AHEAD, n - 1), KEY] & mask)
         if source[i, SLOT] != 0:
             at = position(target, source[i, KEY])
-            for j in range(4):
+            for j in range(3):
                 target[at, j] = source[i, j]
 
 
@@ -118,7 +121,7 @@ class KeyTable:
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        self.entries: Int64 = aligned_zeros((_power_of_two(capacity), 4), np.int64)
+        self.entries: Int64 = aligned_zeros((_power_of_two(capacity), 3), np.int64)
         self.evicted = 0
         """Keys forgotten so far."""
         self._count = 0
@@ -165,6 +168,7 @@ class KeyTable:
             return None
         used = self.entries[self.entries[:, SLOT] != 0]
         seen = np.empty(self._count, np.int64)
+        used[:, SLOT] &= LOWER
         seen[used[:, SLOT] - 1] = used[:, SEEN]
         excess = self._count - max_keys
         cut = np.partition(seen, excess - 1)[excess - 1]
@@ -179,14 +183,14 @@ class KeyTable:
         return remap
 
     def _rebuild(self, source: Int64, size: int) -> None:
-        target = aligned_zeros((size, 4), np.int64)
+        target = aligned_zeros((size, 3), np.int64)
         _place(source, target)
         self.entries = target
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Keys and ticks [len] in the order of slots, and the number evicted."""
         used = self.entries[self.entries[:, SLOT] != 0]
-        used = used[np.argsort(used[:, SLOT])]
+        used = used[np.argsort(used[:, SLOT] & LOWER)]
         return {
             "keys": used[:, KEY].copy().view(np.uint64),
             "seen": used[:, SEEN].copy(),
@@ -198,11 +202,10 @@ class KeyTable:
         """The table that `state` describes."""
         n = len(state["keys"])
         table = cls(n)
-        source = np.zeros((n, 4), np.int64)
+        source = np.zeros((n, 3), np.int64)
         source[:, KEY] = state["keys"].view(np.int64)
         source[:, SLOT] = np.arange(1, n + 1)
         source[:, SEEN] = state["seen"]
-        source[:, ROW] = 0
         _place(source, table.entries)
         table._count, table.evicted = n, int(state["evicted"])
         return table

@@ -3,9 +3,13 @@
 A key (a host, a (source, service), a pair, a contact) has one *cell* for each analytic of its kind:
 
     LEVEL    leaky sum, as of AT
-    AT       s since the origin at which the cell was last touched; below 0: never
+    AT       s since the origin at which the cell was last touched; 0: never
+    LAST     largest level of this span
+
+and a *past*, apart from it, since it stays nought until a span is over, and what is nought takes no memory:
+
     RECORD   largest x of earlier spans, plus fade · time (so that fading needs no visit)
-    LAST     largest level of this span            BEFORE   largest level of the span before
+    BEFORE   largest level of the span before
     HELD     until when the record is frozen, because the key was named in an alarm
 
 A span is max(block, τ); what was reached in one becomes record two spans later, so an attack's own ramp does not become
@@ -27,7 +31,8 @@ from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
 
-LEVEL, AT, RECORD, LAST, BEFORE, HELD = range(6)
+LEVEL, AT, LAST = range(3)
+RECORD, BEFORE, HELD = range(3)
 LEAST_EXCESS = 1.0
 """An alarm needs S of at least this: e times what was there before."""
 
@@ -81,7 +86,7 @@ def growth(age, step, tau, span):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _touch(cells, row, now, tau, span, fade, host_record, host, a, born, step):  # type: ignore[no-untyped-def]
+def _touch(cells, past, row, now, tau, span, fade, host_record, host, a, born, step):  # type: ignore[no-untyped-def]
     """Bring a cell to `now`: decay its level, move its spans. True if this is the first touch at `now`.
 
     `born` of its host, `step` the first span: a block.
@@ -90,25 +95,26 @@ def _touch(cells, row, now, tau, span, fade, host_record, host, a, born, step): 
     if at == now:
         return False
     cells[row, AT] = now
-    if at < 0.0:
-        cells[row, RECORD] = host_record[host, a]
+    if at == 0.0:
+        if host_record[host, a] > 0.0:
+            past[row, RECORD] = host_record[host, a]
         return True
-    if 0.0 <= cells[row, HELD] < now:  # what was told is over; what is left of it is not told again
-        cells[row, LEVEL], cells[row, HELD] = 0.0, -1.0
+    if 0.0 < past[row, HELD] < now:  # what was told is over; what is left of it is not told again
+        cells[row, LEVEL], past[row, HELD] = 0.0, 0.0
     level = cells[row, LEVEL]
-    if cells[row, HELD] < now:
+    if past[row, HELD] < now:
         then, this = span_of(at - born, step, span), span_of(now - born, step, span)
         if this > then:
-            record = max(cells[row, RECORD], np.log1p(cells[row, BEFORE]) + fade * at)
+            record = max(past[row, RECORD], np.log1p(past[row, BEFORE]) + fade * at)
             edge = level * np.exp(-(born + span_end(then, step, span) - at) / tau) if tau > 0.0 else 0.0
             if this == then + 1.0:
-                cells[row, BEFORE] = cells[row, LAST]
+                past[row, BEFORE] = cells[row, LAST]
                 cells[row, LAST] = edge
             else:
                 record = max(record, np.log1p(cells[row, LAST]) + fade * at)
-                cells[row, BEFORE] = edge
+                past[row, BEFORE] = edge
                 cells[row, LAST] = 0.0
-            cells[row, RECORD] = record
+            past[row, RECORD] = record
             host_record[host, a] = max(host_record[host, a], record)
     cells[row, LEVEL] = level * np.exp(-(now - at) / tau) if tau > 0.0 else 0.0
     return True
@@ -196,22 +202,22 @@ def remember(  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def raise_levels(  # type: ignore[no-untyped-def]
     part, parts, slots, service, counts, told, sent, sources, fresh, surprise, tails,
-    hosts, services, pairs, contacts, host_born, inside, host_record,
+    cells, past, host_born, inside, host_record,
     tau, span, step, column, kind, width, is_target, fade, now, touched,
 ):  # fmt: skip
     """Every contact once into every level that it raises, as far as the level's host is of this part.
 
     A level belongs to its host, source or target, and hosts are dealt out by slot: parts share no cell.
     slots i32[5, c]: source and target host, (source, service), pair, contact. counts i32[3, c]: flows, answered,
-    failed. Writes touched i32[·, 3] (analytic, row, contact); returns how many.
+    failed. cells, past f8[·, 3] of each kind. Writes touched i32[·, 3] (analytic, row, contact); returns how many.
     """
     out, both, m = np.zeros(len(kind)), np.zeros(2, np.bool_), 0
     last = len(service) - 1
     for i in range(last + 1):
         soon = min(i + AHEAD, last)
-        prefetch(services, np.int64(slots[2, soon]) * width[1] + column[BURST])
-        prefetch(pairs, np.int64(slots[3, soon]) * width[2] + column[EXFIL])
-        prefetch(hosts, np.int64(slots[1, soon]) * width[0] + column[FLOOD])
+        prefetch(cells[1], np.int64(slots[2, soon]) * width[1] + column[BURST])
+        prefetch(cells[2], np.int64(slots[3, soon]) * width[2] + column[EXFIL])
+        prefetch(cells[0], np.int64(slots[1, soon]) * width[0] + column[FLOOD])
         prefetch(host_born, np.int64(slots[0, soon]))
         prefetch(host_born, np.int64(slots[1, soon]))
         source, target = slots[0, i], slots[1, i]
@@ -225,25 +231,20 @@ def raise_levels(  # type: ignore[no-untyped-def]
             if out[a] <= 0.0 or not (theirs if is_target[a] else mine):
                 continue
             owner = target if is_target[a] else source
-            if kind[a] == 0:
-                cells, slot = hosts, owner
-            elif kind[a] == 1:
-                cells, slot = services, slots[2, i]
-            elif kind[a] == 2:
-                cells, slot = pairs, slots[3, i]
-            else:
-                cells, slot = contacts, slots[4, i]
-            row = slot * width[kind[a]] + column[a]
-            if _touch(cells, row, now, tau[a], span[a], fade, host_record, owner, a, host_born[owner], step):
+            what = kind[a]
+            row = np.int64(owner if what == 0 else slots[1 + what, i]) * width[what] + column[a]
+            if _touch(
+                cells[what], past[what], row, now, tau[a], span[a], fade, host_record, owner, a, host_born[owner], step
+            ):
                 touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
                 m += 1
-            cells[row, LEVEL] += out[a]
+            cells[what][row, LEVEL] += out[a]
     return m
 
 
 @numba.njit(cache=True, nogil=True)
 def judge(  # type: ignore[no-untyped-def]
-    touched, m, slots, hosts, services, pairs, contacts, host_born, born, host_record,
+    touched, m, slots, cells, past, host_born, born, host_record,
     rate, shape, scale, floors, tau, span, step, column, kind, width, family, is_target, direct, learns, least, share,
     joint, open_, best, family_best, excluded, smallest, fade, now, hour, day, quiet, allowed,
     found, values,
@@ -266,32 +267,15 @@ def judge(  # type: ignore[no-untyped-def]
     while i < total:
         soon = min(i + AHEAD, total - 1)
         a, row = touched[soon, 0], np.int64(touched[soon, 1])
-        if kind[a] == 0:
-            prefetch(hosts, row)
-            prefetch(hosts, row + 1)
-        elif kind[a] == 1:
-            prefetch(services, row)
-            prefetch(services, row + 1)
-        elif kind[a] == 2:
-            prefetch(pairs, row)
-            prefetch(pairs, row + 1)
-        else:
-            prefetch(contacts, row)
-            prefetch(contacts, row + 1)
+        prefetch(cells[kind[a]], row)
+        prefetch(past[kind[a]], row)
         host = slots[1, touched[soon, 2]] if is_target[a] else slots[0, touched[soon, 2]]
         prefetch(host_born, np.int64(host))
         a, row, contact = touched[i, 0], touched[i, 1], touched[i, 2]
         i += 1
         host = slots[1, contact] if is_target[a] else slots[0, contact]
         what = kind[a]
-        if what == 0:
-            cells = hosts
-        elif what == 1:
-            cells = services
-        elif what == 2:
-            cells = pairs
-        else:
-            cells = contacts
+        cell, earlier = cells[what], past[what]
         if a == joint:
             x, causes = 0.0, 0
             for f in range(family_best.shape[1]):
@@ -300,17 +284,17 @@ def judge(  # type: ignore[no-untyped-def]
             x = x if causes >= 2 else 0.0
             level = np.expm1(x)
         else:
-            level = cells[row, LEVEL]
+            level = cell[row, LEVEL]
             x = level if what == 3 else -1.0
-        held = cells[row, HELD] >= now
+        held = earlier[row, HELD] >= now
         if not held or learns[a]:
-            cells[row, LAST] = max(cells[row, LAST], level)
+            cell[row, LAST] = max(cell[row, LAST], level)
         if x < 0.0:
             if level <= nothing:
                 continue
             x = np.log1p(level)
         # A beat is judged by itself; once it was told, and has paused, it has to become stronger.
-        record = 0.0 if direct[a] and held else max(0.0, cells[row, RECORD] - fade * now)
+        record = 0.0 if direct[a] and held else max(0.0, earlier[row, RECORD] - fade * now)
         excess = x - record
         if excess <= THRESHOLD:
             continue
@@ -328,33 +312,33 @@ def judge(  # type: ignore[no-untyped-def]
             group = 1 if age < hour else (2 if age < day else 3)
         if excess < enough[a, group]:
             if not held:
-                at = a * rate.shape[1] + group
-                best[host, at] = max(best[host, at], np.float32(excess))
+                best[group][host, a] = max(best[group][host, a], np.float32(excess))
             continue
         p = tail(excess, rate[a, group], shape[a, group], scale[a, group])
         p = max(p, floors[a, min(STEPS - 1, int(excess / STEP))])
         smallest[host] = min(smallest[host], p / share[a])
         alarm = open_[a] and excess >= LEAST_EXCESS and x >= least[a] and p <= allowed * share[a]
         if alarm:
-            cells[row, HELD] = now + quiet
+            earlier[row, HELD] = now + quiet
             if direct[a]:
-                cells[row, RECORD] = max(cells[row, RECORD], x + fade * now)
+                earlier[row, RECORD] = max(earlier[row, RECORD], x + fade * now)
             if not learns[a]:
-                cells[row, LAST] = cells[row, BEFORE] = 0.0
+                cell[row, LAST] = earlier[row, BEFORE] = 0.0
             excluded[host, a] = True
             found[count, 0], found[count, 1], found[count, 2] = a, row, contact
             found[count, 3], found[count, 4] = group, host
             values[count, 0], values[count, 1], values[count, 2], values[count, 3] = excess, x, record, p
             count += 1
         elif not held:
-            at = a * rate.shape[1] + group
-            best[host, at] = max(best[host, at], np.float32(excess))
+            best[group][host, a] = max(best[group][host, a], np.float32(excess))
         if a != joint and not is_target[a] and p < JOINT_P:
             cause = np.float32(min(JOINT_MOST, np.log(JOINT_P / p)))
             if cause > family_best[host, family[a]]:
                 family_best[host, family[a]] = cause
                 row = host * width[0] + column[joint]
-                if _touch(hosts, row, now, 0.0, span[joint], fade, host_record, host, joint, host_born[host], step):
+                if _touch(
+                    cells[0], past[0], row, now, 0.0, span[joint], fade, host_record, host, joint, host_born[host], step
+                ):
                     touched[total, 0], touched[total, 1], touched[total, 2] = joint, row, contact
                     total += 1
     return count

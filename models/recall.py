@@ -32,7 +32,7 @@ from flowsage.models.key_levels import (
     SVC_REGULAR,
     level_key,
 )
-from flowsage.models.keys import SLOT, position
+from flowsage.models.keys import LOWER, SLOT, position
 from flowsage.models.weights import CONSTANTS
 
 _MEMORY = CONSTANTS.beat_memory
@@ -74,7 +74,7 @@ def recall(  # type: ignore[no-untyped-def]
                     prefetch(entries[level], at[level, i] & (entries[level].shape[0] - 1))
             for i in range(size):
                 for level in range(6):
-                    row[level, i] = entries[level][position(entries[level], at[level, i]), SLOT] - 1
+                    row[level, i] = (entries[level][position(entries[level], at[level, i]), SLOT] & LOWER) - 1
                 s, e, es, o = max(row[0, i], 0), max(row[3, i], 0), max(row[4, i], 0), max(row[5, i], 0)
                 prefetch(s_count, s)
                 prefetch(ss_count, max(row[2, i], 0))

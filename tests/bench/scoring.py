@@ -9,11 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-import networkx as nx
 import numpy as np
 import torch
-from torch_geometric.nn import SAGEConv
-from torch_geometric.utils import from_networkx
 
 from flowsage.graph.build import contacts
 from flowsage.graph.flows import FlowBatch
@@ -104,6 +101,10 @@ def history_of_ten_million() -> float:
 
 def by_networkx(flows: FlowBatch) -> float:
     """Seconds for graph and model alone: networkx gathers the flows into edges, PyG converts and runs two SAGEConv."""
+    import networkx as nx
+    from torch_geometric.nn import SAGEConv
+    from torch_geometric.utils import from_networkx
+
     columns = [c.tolist() for c in (flows.src, flows.dst, flows.bytes_fwd, flows.packets_fwd)]
     convs = SAGEConv(5, 48), SAGEConv(48, 48)
     started = time.perf_counter()
@@ -131,9 +132,18 @@ def by_networkx(flows: FlowBatch) -> float:
 
 
 def large() -> None:
-    """10 M flows in a process of its own, so that its memory is its own: prints seconds and peak bytes."""
+    """10 M flows in a process of its own, so that its memory is its own: prints seconds and peak bytes.
+
+    As `median_of_three`, but one window's flows are all that is held: they are moved on in place. What the others of
+    this module compare with is imported where it is used, and not here.
+    """
     flows = power_law(10_000_000, 880_000, 2_400_000)
-    print(median_of_three(flows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    detector, seconds = warm_detector(flows), []
+    for _ in range(3):
+        for times in (flows.start_ns, flows.end_ns):
+            np.add(times, WINDOW_NS, out=times)
+        seconds.append(score(flows, detector))
+    print(float(np.median(seconds)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def rows() -> Iterator[Row]:

@@ -137,7 +137,7 @@ def test_record_follows_one_to_two_spans_later_and_a_new_key_takes_its_hosts():
     assert host() == pytest.approx(math.log1p(50), abs=0.01)
     step(alarms, 1901, [(INTERNAL, PEER, 81, 1, 1, 1)])
     row = alarms.memory.services.arrays
-    assert row["cells"][1, an.COLUMN[an.BURST], levels.RECORD] == host()
+    assert row["past"][1, an.COLUMN[an.BURST], levels.RECORD] == host()
 
 
 def test_a_young_hosts_spans_double_from_a_block_to_full_length() -> None:
@@ -154,12 +154,12 @@ def test_steady_traffic_of_a_new_host_is_no_news_however_long_a_level_remembers(
     worst = 0.0
     for minute in range(24 * 60):
         step(alarms, 60 * minute + 10, [(INTERNAL, PEER, 80, 1, 1, 1)])
-        cell = alarms.memory.hosts.arrays["cells"][1, an.COLUMN[an.FLOOD]]
+        cell, past = (alarms.memory.hosts.arrays[name][1, an.COLUMN[an.FLOOD]] for name in ("cells", "past"))
         age = 60.0 * minute
         if age < 2 * 900:
             continue
         x = np.log1p(cell[levels.LEVEL])
-        record = cell[levels.RECORD] - alarms._fade * alarms._now
+        record = past[levels.RECORD] - alarms._fade * alarms._now
         worst = max(worst, x - record - levels.growth(age, 900.0, an.TAU[an.FLOOD], 3600.0))
     assert worst < 0.25
 

@@ -17,15 +17,15 @@ class Blocks:
     """Hosts that are active in every block, with excesses given for one analytic."""
 
     def __init__(self, hosts: int, analytic: int, group: int) -> None:
-        self.c, self.hosts, self.at = Calibration(), np.arange(hosts), analytic * G + group
-        self.best, self.run = (np.zeros((hosts, A * G), np.float32) for _ in range(2))
+        self.c, self.hosts, self.analytic, self.group = Calibration(), np.arange(hosts), analytic, group
+        self.best, self.run = (tuple(np.zeros((hosts, A), np.float32) for _ in range(G)) for _ in range(2))
         self.last, self.excluded = np.full((hosts, 2), -(1 << 40)), np.zeros((hosts, A), bool)
         self.block = 1000
 
     def end(self, excess: np.ndarray, named: np.ndarray | None = None) -> None:
-        self.best[:, self.at] = excess
+        self.best[self.group][:, self.analytic] = excess
         if named is not None:
-            self.excluded[named, self.at // G] = True
+            self.excluded[named, self.analytic] = True
         self.block += 1
         self.c.flush((self.hosts, self.hosts[:0]), self.best, self.run, self.last, self.excluded,
                      np.zeros(len(self.hosts)), float(self.block), self.block, (HOUR, DAY))  # fmt: skip
@@ -72,7 +72,7 @@ def test_p_values_are_uniform_on_exponential_excesses():
     b, ps = Blocks(hosts, an.FAN, 3), []
     for t in range(404):
         fires = rng.random(hosts) < rate
-        fires &= b.run[:, b.at] <= 0  # events apart, as the model has it
+        fires &= b.run[b.group][:, b.analytic] <= 0  # events apart, as the model has it
         s = np.where(fires, THRESHOLD + rng.exponential(mean, hosts), 0.0)
         if t >= 4:
             ps += [b.c.p_value(an.FAN, 3, float(v)) for v in s[fires]]
