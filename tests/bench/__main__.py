@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bench.rows import Row, show, write
 
-PARTS = ("kernel", "ring", "scoring", "forward", "startup", "sensor", "kafka", "stream")
+PARTS = ("forward", "kernel", "ring", "scoring", "startup", "sensor", "kafka", "stream")
 TARGET = Path("build/bench.json")
 
 
