@@ -66,7 +66,6 @@ HOSTS: tuple[HostPlan, ...] = (
 
 BY_NAME = {host.name: host for host in HOSTS}
 ADDRESS = {host.name: host.address for host in HOSTS}
-CLIENT_ROLES = ("office", "developer", "finance")
 INSIDE = tuple(host.address for host in HOSTS if not host.outside)
 
 ZONE: dict[str, str] = {
