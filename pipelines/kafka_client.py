@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def connect(make: Callable[..., T], config: dict[str, Any]) -> T:
     and they leave a thread and sockets behind.
     """
     made: list[KafkaNetClient] = []
-    _WHY.heard.clear()
+    started = time.monotonic()
 
     def client(**values: Any) -> KafkaNetClient:
         made.append(KafkaNetClient(**values))
@@ -84,7 +85,7 @@ def connect(make: Callable[..., T], config: dict[str, Any]) -> T:
     except kafka_errors.KafkaTimeoutError as error:
         for c in made:
             c.close()
-        why, servers = _WHY.reason(), ", ".join(config["bootstrap_servers"])
+        why, servers = _WHY.reason(started), ", ".join(config["bootstrap_servers"])
         if "Authentication" in why:
             raise LogError(f"Kafka at {servers} refuses us ({why}); look at the [kafka] settings for SASL") from error
         raise LogUnavailableError(
@@ -97,21 +98,25 @@ class _Why(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.heard: deque[str] = deque(maxlen=16)
+        self.heard: deque[tuple[float, str]] = deque(maxlen=64)
         own = logging.getLogger("kafka.net.manager")
         own.setLevel(logging.WARNING)
         own.propagate = False
         own.addHandler(self)
 
-    def reason(self) -> str:
-        """What says most: that we were refused, or else what came last (the last attempt is often cut short)."""
-        by_weight = sorted(self.heard, key=lambda why: ("Authentication" in why) - ("timed out" in why))
+    def reason(self, since: float) -> str:
+        """What says most: that we were refused, or else what came last (the last attempt is often cut short).
+
+        Several clients may be connecting at a time: what is said since `since` may be another's, but none takes it away.
+        """
+        heard = [why for at, why in tuple(self.heard) if at >= since]
+        by_weight = sorted(heard, key=lambda why: ("Authentication" in why) - ("timed out" in why))
         return by_weight[-1] if by_weight else "no answer"
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep it, and pass it on to whoever wants to read what kafka-python says."""
         if found := _FAILED.match(record.getMessage()):
-            self.heard.append(found[1])
+            self.heard.append((time.monotonic(), found[1]))
         parent = logging.getLogger("kafka")
         if parent.isEnabledFor(record.levelno):
             parent.handle(record)
