@@ -107,7 +107,7 @@ class _Why(logging.Handler):
     def reason(self, since: float) -> str:
         """What says most: that we were refused, or else what came last (the last attempt is often cut short).
 
-        Several clients may be connecting at a time: what is said since `since` may be another's, but none takes it away.
+        Several clients may be connecting at a time: what is heard may be another's, and none takes it away.
         """
         heard = [why for at, why in tuple(self.heard) if at >= since]
         by_weight = sorted(heard, key=lambda why: ("Authentication" in why) - ("timed out" in why))
