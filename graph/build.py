@@ -8,7 +8,6 @@ The table is never cleared between windows: an entry carries the epoch it was wr
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,7 +23,6 @@ _KEEP_ROWS = 1 << 18
 """Scratch for up to this many contacts (16 MiB) is kept for the next call; more is given back."""
 
 _TCP = 6
-_EMPTY = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -94,33 +92,6 @@ _PER_CONTACT = tuple(
 )
 
 
-def concat(parts: Sequence[Contacts]) -> Contacts:
-    """Runs that follow one another and share one host table (the same object), as one run.
-
-    A window that one run ends with and the next begins with stays two entries of `windows`: cut runs between windows.
-    Raises ValueError where windows go backwards or host tables differ.
-    """
-    if not parts:
-        raise ValueError("nothing to concatenate; give at least one run of contacts")
-    if any(p.hosts is not parts[0].hosts for p in parts):
-        raise ValueError("runs of contacts with different host tables; merge their flows instead")
-    shift = np.cumsum([0, *(len(p) for p in parts)])
-    flow_shift = np.cumsum([0, *(len(p.of_flow) for p in parts)])
-    windows = np.concatenate([p.windows for p in parts])
-    if np.any(windows[1:] <= windows[:-1]):
-        raise ValueError("runs of contacts overlap or are out of order; cut runs between windows")
-    return Contacts(
-        hosts=parts[0].hosts,
-        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in _PER_CONTACT},
-        of_flow=np.concatenate([p.of_flow + np.int32(s) for p, s in zip(parts, shift, strict=False)]),
-        offsets=np.concatenate([*(p.offsets[:-1] + s for p, s in zip(parts, shift, strict=False)), shift[-1:]]),
-        windows=windows,
-        flow_offsets=np.concatenate(
-            [*(p.flow_offsets[:-1] + s for p, s in zip(parts, flow_shift, strict=False)), flow_shift[-1:]]
-        ),
-    )
-
-
 @numba.njit(cache=True, nogil=True, inline="always")
 def _hash(pair: np.int64, service: np.int64) -> np.uint64:
     h = (np.uint64(pair) ^ (np.uint64(service) * np.uint64(0x9E3779B97F4A7C15))) * np.uint64(0xFF51AFD7ED558CCD)
@@ -138,7 +109,7 @@ _LAST_EPOCH = 0xFFFFFF
 
 @numba.njit(cache=True, nogil=True)
 def _fold(  # type: ignore[no-untyped-def]
-    state, window_ns, window, start, end, src, dst, service, pf, pr, bf, br, answered, failed, told,
+    state, window_ns, start, end, src, dst, service, pf, pr, bf, br, answered, failed, told,
     table, rows, of_flow, first, windows, offsets, flow_offsets,
 ):  # fmt: skip
     """Give each flow its contact and add it there; stops where memory is short (see `_STATUS`).
@@ -147,7 +118,6 @@ def _fold(  # type: ignore[no-untyped-def]
     service and flows; told, answered and failed; four sums; latest end. first i64[.]: start of the first flow.
     """
     n = len(start)
-    given = len(window) > 0
     c, w, begin, mask, epoch = state[_CONTACT], state[_WINDOW], state[_BEGIN], np.uint64(state[_MASK]), state[_EPOCH]
     status = _DONE
     i = state[_FLOW]
@@ -155,16 +125,11 @@ def _fold(  # type: ignore[no-untyped-def]
     upper = (current + 1) * window_ns
     while i < n:
         t = start[i]
-        following = current
-        if given:
-            following = window[i]
-        elif w == 0 or t >= upper:
-            following = t // window_ns
-        if w == 0 or following != current:
-            if (w > 0 and following < current) or w == len(windows):
+        if w == 0 or t >= upper:
+            if w == len(windows):
                 status = _NOT_ORDERED
                 break
-            current = following
+            current = t // window_ns
             upper = (current + 1) * window_ns
             windows[w] = current
             offsets[w] = c
@@ -305,27 +270,8 @@ def contacts(flows: FlowBatch, window_ns: int) -> Contacts:
     """
     if window_ns <= 0:
         raise ValueError(f"window_ns is {window_ns}, expected a positive number of nanoseconds")
-    return _contacts(flows, window_ns, _EMPTY)
-
-
-def contacts_by(flows: FlowBatch, window: Int64) -> Contacts:
-    """As `contacts`, where window[n] says which window (or pane) each flow belongs to.
-
-    Flows are ordered by (window, start_ns); raises ValueError where they are not.
-    """
-    if len(window) != len(flows):
-        raise ValueError(f"{len(window)} windows for {len(flows)} flows")
-    return _contacts(flows, 1, window)
-
-
-def _contacts(flows: FlowBatch, window_ns: int, window: Int64) -> Contacts:
     s, n = _scratch, len(flows)
-    if not n:
-        span = 0
-    elif len(window):
-        span = int(window[-1]) - int(window[0]) + 1
-    else:
-        span = int(flows.start_ns[-1]) // window_ns - int(flows.start_ns[0]) // window_ns + 1
+    span = int(flows.start_ns[-1]) // window_ns - int(flows.start_ns[0]) // window_ns + 1 if n else 0
     room = max(0, min(span, n))
     windows, offsets, flow_offsets = (memory.empty(room + k, np.int64) for k in (0, 1, 1))
     of_flow = memory.empty(n, np.int32)
@@ -333,7 +279,7 @@ def _contacts(flows: FlowBatch, window_ns: int, window: Int64) -> Contacts:
     state = np.array([0, 0, 0, 0, 255, s.epoch, _DONE], np.int64)
     while True:
         _fold(
-            state, window_ns, window, flows.start_ns, flows.end_ns, flows.src, flows.dst, flows.service,
+            state, window_ns, flows.start_ns, flows.end_ns, flows.src, flows.dst, flows.service,
             flows.packets_fwd, flows.packets_rev, flows.bytes_fwd, flows.bytes_rev,
             flows.answered, flows.failed, flows.told, table, rows, of_flow, first, windows, offsets, flow_offsets,
         )  # fmt: skip

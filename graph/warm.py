@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from flowsage.graph.build import contacts, contacts_by
+from flowsage.graph.build import contacts
 from flowsage.graph.flows import FlowBatch, from_table, merge
 from flowsage.graph.hostgraph import host_graph
 from flowsage.graph.window import WindowBuffer, order_of
@@ -29,13 +29,11 @@ def _flows(*hosts: str) -> FlowBatch:
 
 def compile_kernels() -> None:
     """Run every kernel once on a few flows. Numba's cache on disk makes the next process's first call fast."""
-    buffer = WindowBuffer(60 * _SECOND, 10 * _SECOND)
+    buffer = WindowBuffer(60 * _SECOND)
     buffer.add(_flows("10.0.0.1", "fe80::1", "printer"))
     buffer.add(_flows("10.0.0.2", "10.0.0.1", "printer", "10.0.0.2"))
-    taken, closed = buffer.take_panes(flush=True), buffer.flush()
-    assert taken is not None
+    closed = buffer.flush()
     assert closed is not None
-    contacts_by(*taken)
     folded = contacts(closed, 60 * _SECOND)
     first = closed.take(slice(0, int(folded.flow_offsets[1])))
     host_graph(first, folded.slice(0))

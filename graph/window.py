@@ -1,4 +1,4 @@
-"""Records as they arrive to windows that are complete: event time, watermarks, lateness, and steps of arrival.
+"""Records as they arrive to windows that are complete: event time, watermarks and lateness.
 
 *Event time* of a flow is start_ns; its window is start_ns // window_ns. A sensor's *watermark* is how far its records
 have come: what it says itself, or the latest start that it has sent. The watermark of all is the least of those of the
@@ -13,8 +13,6 @@ What a sensor says about the future is believed with care. With a clock, no wate
 more than `max_ahead_ns` ahead of it is refused and counted. And a step of more than `max_ahead_ns` needs `_WITNESSES`
 records in a row, so that a gap in a file is passed over and a single wrong time is not.
 
-*Panes* are steps of arrival for what must react before windows close: every record, late ones too, comes out of
-`take_panes` exactly once, numbered by the watermark that was reached when it arrived (without lateness).
 All this is judged record by record: it does not matter how a sensor's records were cut into batches.
 """
 
@@ -46,7 +44,7 @@ class WindowCounters:
     closed: int = 0
     """Handed over in windows."""
     late: int = 0
-    """Their window had closed when they came. They still come out in panes."""
+    """Their window had closed when they came."""
     future: int = 0
     """Refused: further ahead of the clock than any sensor may be."""
     behind: int = 0
@@ -84,7 +82,6 @@ class WindowBuffer:
     def __init__(
         self,
         window_ns: int,
-        pane_ns: int,
         lateness_ns: int = 0,
         *,
         clock: Callable[[], int] | None = None,
@@ -92,13 +89,10 @@ class WindowBuffer:
         max_ahead_ns: int = 3_600_000_000_000,
         max_behind_ns: int = 300_000_000_000,
     ) -> None:
-        """`pane_ns` 0: no panes, for those who never take them.
-
-        Raises ValueError for a length of time that is not positive (panes and lateness may be 0).
-        """
-        if window_ns <= 0 or pane_ns < 0 or lateness_ns < 0 or idle_timeout_ns <= 0 or max_ahead_ns <= 0:
-            raise ValueError("windows, idle time and bounds must be positive, panes and lateness not negative")
-        self.window_ns, self.pane_ns, self.lateness_ns = window_ns, pane_ns, lateness_ns
+        """Raises ValueError for a length of time that is not positive (lateness may be 0)."""
+        if window_ns <= 0 or lateness_ns < 0 or idle_timeout_ns <= 0 or max_ahead_ns <= 0:
+            raise ValueError("windows, idle time and bounds must be positive, lateness not negative")
+        self.window_ns, self.lateness_ns = window_ns, lateness_ns
         self.counters = WindowCounters()
         self._clock, self._idle_timeout_ns, self._max_ahead_ns = clock, idle_timeout_ns, max_ahead_ns
         self._max_behind_ns = max_behind_ns
@@ -106,7 +100,6 @@ class WindowBuffer:
         self._watermark = self._arrival = _NEVER
         self._closed_until = _NEVER  # windows before this index have closed
         self._open: list[tuple[int, int, FlowBatch]] = []  # earliest and latest start, flows in order
-        self._panes: list[tuple[Int64, FlowBatch]] = []  # pane of each flow, flows
 
     @property
     def watermark_ns(self) -> int | None:
@@ -174,8 +167,6 @@ class WindowBuffer:
         before = self._watermark
         reached = self._advance(state, batch, watermark_ns, now)
         if len(batch):
-            if self.pane_ns:
-                self._panes.append((reached // self.pane_ns, batch))
             self._hold(batch, reached if watermark_ns is None else np.full(len(batch), before, np.int64))
         self._rise()
         return batch
@@ -281,12 +272,7 @@ class WindowBuffer:
             self._open.append((int(batch.start_ns[0]), int(batch.start_ns[-1]), batch))
 
     def state(self) -> dict[str, Any]:
-        """Everything but the flows, as plain values for JSON. `restore` and `hold_again` go on from it.
-
-        Raises ValueError where there are panes, which are not in it.
-        """
-        if self.pane_ns:
-            raise ValueError("the state of a buffer with panes is not told: take them elsewhere")
+        """Everything but the flows, as plain values for JSON. `restore` and `hold_again` go on from it."""
         return {
             "counters": asdict(self.counters), "sensors": {name: asdict(s) for name, s in self._sensors.items()},
             "watermark": self._watermark, "arrival": self._arrival, "closed_until": self._closed_until,
@@ -298,35 +284,6 @@ class WindowBuffer:
         self._sensors = {name: _Sensor(**values) for name, values in state["sensors"].items()}
         self._watermark, self._arrival = state["watermark"], state["arrival"]
         self._closed_until = state["closed_until"]
-
-    def take_panes(self, *, flush: bool = False) -> tuple[FlowBatch, Int64] | None:
-        """Flows of the panes that the watermark has left behind since the last call, and the pane of each [n].
-
-        Ordered by (pane, start_ns, arrival), as `build.contacts_by` wants them; pane p lasts from p * pane_ns on the
-        watermark's time. `flush` gives the pane that is still filling too. None where there are none.
-        """
-        if not self._panes:
-            return None
-        current = self._watermark // self.pane_ns
-        ready: list[FlowBatch] = []
-        numbers: list[Int64] = []
-        held: list[tuple[Int64, FlowBatch]] = []
-        for pane, batch in self._panes:
-            # Panes ascend within a batch, and from batch to batch.
-            cut = len(pane) if flush else int(np.searchsorted(pane, current))
-            if cut:
-                ready.append(batch.take(slice(0, cut)))
-                numbers.append(pane[:cut])
-            if cut < len(pane):
-                held.append((pane[cut:], batch.take(slice(cut, None))))
-        self._panes = held
-        if not ready:
-            return None
-        flows, of = merge(ready), np.concatenate(numbers)
-        if np.any(flows.start_ns[1:] < flows.start_ns[:-1]):
-            order = np.lexsort((flows.start_ns, of))
-            flows, of = flows.take(order), of[order]
-        return flows, of
 
 
 @numba.njit(cache=True, nogil=True)

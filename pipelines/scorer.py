@@ -123,7 +123,6 @@ class Scorer:
         windows = settings.windows
         self.buffer = WindowBuffer(
             windows.window,
-            0,
             windows.lateness,
             clock=clock,
             idle_timeout_ns=windows.idle_timeout,

@@ -130,7 +130,7 @@ def to_closed_windows(broker: Broker) -> Row:
 
     def read() -> None:
         reader = log.consumer(None, flows_topic("windows"))
-        buffer, taken, flows = WindowBuffer(config.windows.window, 0), 0, 0
+        buffer, taken, flows = WindowBuffer(config.windows.window), 0, 0
         while taken < count:
             for record in reader.poll(timeout_s=1.0):
                 table = read_columns(record.value or b"")

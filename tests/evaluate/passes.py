@@ -85,7 +85,7 @@ def score(
     prior = {p: MeetingPrior(made[p].meeting, internal) if made[p].graph else None for p in priors}
     kept = {key: _Kept() for key in alarms}
     file = FlowFile(path, undirected=undirected)
-    buffer = WindowBuffer(config.window_ns, 0, 0)
+    buffer = WindowBuffer(config.window_ns)
     flow_score, beacon_score = np.full(file.rows, np.nan), np.full(file.rows, np.nan)
     tails = {p: np.full(file.rows, np.nan) for p in priors if prior[p]}
     host_parts: list[pd.DataFrame] = []

@@ -85,7 +85,7 @@ def buffering(flows: FlowBatch) -> list[Cost]:
     """Flows through the window buffer, in order and in the order in which they end."""
 
     def run(arriving: FlowBatch, size: int) -> None:
-        buffer = WindowBuffer(WINDOW_NS, 10_000_000_000, 10_000_000_000)
+        buffer = WindowBuffer(WINDOW_NS, 10_000_000_000)
         for at in range(0, len(arriving), size):
             buffer.add(arriving.take(slice(at, at + size)))
             buffer.close_ready()

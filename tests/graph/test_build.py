@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowsage.graph import build
-from flowsage.graph.build import Contacts, concat, contacts, contacts_by
+from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch
 from tests.graph.generate import handmade, power_law
 
 W = 1_000
+ALL_TIME = 1 << 62
+"""The window of who folds one pane at a time, wherever it is."""
 VOLUMES = ("packets_fwd", "packets_rev", "bytes_fwd", "bytes_rev")
 
 
@@ -97,21 +99,11 @@ def ordered(rows: list[dict[str, Any]]) -> FlowBatch:
     return handmade([{**r, "end_ns": r["start_ns"] + r["length"]} for r in rows])
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(row, min_size=1, max_size=60))
-def test_contacts_are_what_a_dictionary_says(rows: list[dict[str, Any]]) -> None:
+@settings(max_examples=200, deadline=None)
+@given(st.lists(row, min_size=1, max_size=60), st.sampled_from([1, W // 3, W, 4 * W, ALL_TIME]))
+def test_contacts_are_what_a_dictionary_says(rows: list[dict[str, Any]], window_ns: int) -> None:
     flows = ordered(rows)
-    check(flows, [int(t) // W for t in flows.start_ns], contacts(flows, W))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(row, min_size=1, max_size=40), st.lists(st.integers(0, 3), min_size=40, max_size=40))
-def test_contacts_of_given_panes_are_what_a_dictionary_says(rows: list[dict[str, Any]], panes: list[int]) -> None:
-    flows = ordered(rows)
-    pane = np.array(panes[: len(flows)], np.int64)
-    order = np.argsort(pane, kind="stable")
-    flows, pane = flows.take(order), pane[order]
-    check(flows, pane.tolist(), contacts_by(flows, pane))
+    check(flows, [int(t) // window_ns for t in flows.start_ns], contacts(flows, window_ns))
 
 
 @settings(max_examples=40, deadline=None)
@@ -122,8 +114,14 @@ def test_windows_do_not_depend_on_the_run_they_are_in(rows: list[dict[str, Any]]
     cuts = whole.flow_offsets.tolist()
     middle = data.draw(st.sampled_from(cuts))
     parts = [contacts(flows.take(slice(a, b)), W) for a, b in ((0, middle), (middle, len(flows))) if a < b]
-    equal(concat(parts), whole)
-    equal(concat([whole.slice(k) for k in range(len(whole.windows))]), whole)
+    of_parts = [part.slice(k) for part in parts for k in range(len(part.windows))]
+    assert len(of_parts) == len(whole.windows)
+    for k, (a, b, of_part) in enumerate(zip(cuts[:-1], cuts[1:], of_parts, strict=True)):
+        alone = contacts(flows.take(slice(a, b)), W)
+        equal(whole.slice(k), alone)
+        equal(of_part, alone)
+    with pytest.raises(IndexError, match="run of"):
+        whole.slice(len(whole.windows))
 
 
 def test_many_flows_over_many_windows_are_what_a_dictionary_says() -> None:
@@ -169,19 +167,3 @@ def test_flows_that_go_back_in_time_are_refused() -> None:
             contacts(flows.take(order), 60_000_000_000)
     with pytest.raises(ValueError, match="window_ns"):
         contacts(flows, 0)
-    with pytest.raises(ValueError, match="windows for"):
-        contacts_by(flows, np.zeros(3, np.int64))
-
-
-def test_runs_are_joined_only_in_order_and_with_one_host_table() -> None:
-    flows = power_law(100, 10, 20, windows=3)
-    run = contacts(flows, 60_000_000_000)
-    with pytest.raises(ValueError, match="out of order"):
-        concat([run, run])
-    other = replace(flows, hosts=replace(flows.hosts))
-    with pytest.raises(ValueError, match="host tables"):
-        concat([run, contacts(other, 60_000_000_000)])
-    with pytest.raises(ValueError, match="nothing"):
-        concat([])
-    with pytest.raises(IndexError):
-        run.slice(3)

@@ -11,7 +11,7 @@ import importlib, io, sys
 import numpy as np, pyarrow as pa, pyarrow.ipc
 from numba.core.dispatcher import Dispatcher
 from flowsage.graph import warm, hostgraph, memory
-from flowsage.graph.build import contacts, contacts_by
+from flowsage.graph.build import contacts
 from flowsage.graph.flows import from_table, merge
 from flowsage.graph.window import WindowBuffer
 
@@ -43,7 +43,7 @@ def batches(**more):
 hostgraph._THREADED = 10
 known = {"handshake_ns": pa.array([None, 5] * 50, pa.uint64()), "state": ["S0", None] * 50, "proto": [6] * 100}
 for more in ({}, known):
-    buffer = WindowBuffer(60 * 10**9, 10**10, clock=lambda: 10**12)
+    buffer = WindowBuffer(60 * 10**9, clock=lambda: 10**12)
     for table in batches(**more):
         flows = from_table(table)
         buffer.add(flows, "a")
@@ -51,9 +51,7 @@ for more in ({}, known):
         for k in range(len(run.windows)):
             hostgraph.host_graph(flows.take(slice(*run.flow_offsets[k:k + 2])), run.slice(k))
         contacts(flows.take(np.arange(5)), 7)
-        contacts_by(flows, np.arange(len(flows)) // 7)
-    panes = buffer.take_panes(flush=True)
-    contacts_by(*panes)
+        contacts(flows, 10**18)
     closed = buffer.flush()
     contacts(closed, 10**9)
     merge([closed, flows])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowsage.graph.flows import FlowBatch, merge
-from flowsage.graph.window import _WITNESSES, WindowBuffer
+from flowsage.graph.window import _WITNESSES, WindowBuffer, WindowCounters
 from tests.graph.generate import START_NS, handmade, power_law
 
 W = 100
@@ -42,7 +42,7 @@ def balanced(buffer: WindowBuffer) -> bool:
 
 
 def test_a_window_closes_when_the_watermark_is_lateness_past_its_end() -> None:
-    buffer = WindowBuffer(W, 10, lateness_ns=30)
+    buffer = WindowBuffer(W, lateness_ns=30)
     buffer.add(flows(10, 120, 90))
     assert buffer.close_ready() is None
     buffer.add(flows(129))
@@ -57,7 +57,7 @@ def test_a_window_closes_when_the_watermark_is_lateness_past_its_end() -> None:
 
 
 def test_flows_come_by_start_and_within_it_by_arrival() -> None:
-    buffer = WindowBuffer(W, 10)
+    buffer = WindowBuffer(W)
     buffer.add(flows(30, 10, 30, rows=0))
     buffer.add(flows(30, 10, 20, rows=3))
     closed = buffer.flush()
@@ -66,7 +66,7 @@ def test_flows_come_by_start_and_within_it_by_arrival() -> None:
 
 
 def test_hosts_of_many_batches_share_one_table_of_those_that_occur() -> None:
-    buffer = WindowBuffer(W, 10)
+    buffer = WindowBuffer(W)
     buffer.add(handmade([{"src": "a", "dst": "b", "start_ns": 1}]))
     buffer.add(handmade([{"src": "b", "dst": "c", "start_ns": 2}]))
     buffer.add(handmade([{"src": "c", "dst": "a", "start_ns": 3}, {"src": "z", "dst": "y", "start_ns": 250}]))
@@ -77,7 +77,7 @@ def test_hosts_of_many_batches_share_one_table_of_those_that_occur() -> None:
 
 
 def test_a_late_record_is_used_while_its_window_is_open_and_counted_after() -> None:
-    buffer = WindowBuffer(W, 10, lateness_ns=50)
+    buffer = WindowBuffer(W, lateness_ns=50)
     buffer.add(flows(140))
     buffer.add(flows(20))
     assert (buffer.counters.behind, buffer.counters.late) == (1, 0)
@@ -90,7 +90,7 @@ def test_a_late_record_is_used_while_its_window_is_open_and_counted_after() -> N
 
 
 def test_the_slowest_sensor_holds_windows_open() -> None:
-    buffer = WindowBuffer(W, 10)
+    buffer = WindowBuffer(W)
     buffer.add(flows(10), "a")
     buffer.add(flows(20), "b")
     buffer.add(flows(500), "a")
@@ -103,7 +103,7 @@ def test_the_slowest_sensor_holds_windows_open() -> None:
 
 def test_an_idle_sensor_does_not_hold_windows_for_ever_and_is_waited_for_when_it_speaks_again() -> None:
     now = [1_000]
-    buffer = WindowBuffer(W, 10, clock=lambda: now[0], idle_timeout_ns=1_000)
+    buffer = WindowBuffer(W, clock=lambda: now[0], idle_timeout_ns=1_000)
     buffer.add(flows(10), "a")
     buffer.add(flows(20), "b")
     now[0] = 1_500
@@ -122,7 +122,7 @@ def test_an_idle_sensor_does_not_hold_windows_for_ever_and_is_waited_for_when_it
 
 
 def test_a_quiet_sensor_is_not_waited_for_when_it_says_how_far_it_is() -> None:
-    buffer = WindowBuffer(W, 10)
+    buffer = WindowBuffer(W)
     buffer.add(flows(10), "a", watermark_ns=5)
     buffer.add(flows(150), "b", watermark_ns=140)
     assert buffer.close_ready() is None
@@ -133,7 +133,7 @@ def test_a_quiet_sensor_is_not_waited_for_when_it_says_how_far_it_is() -> None:
 
 
 def test_records_of_a_batch_are_not_late_by_the_watermark_that_comes_with_it() -> None:
-    buffer = WindowBuffer(W, 10)
+    buffer = WindowBuffer(W)
     buffer.add(flows(10, 150), watermark_ns=300)
     assert buffer.counters.late == 0
     assert starts(buffer.close_ready()) == [10, 150]
@@ -145,13 +145,13 @@ HOUR = 3_600_000_000_000
 
 
 def test_a_sensor_an_hour_ahead_closes_nobodys_windows() -> None:
-    buffer = WindowBuffer(60_000_000_000, 10)
+    buffer = WindowBuffer(60_000_000_000)
     for k in range(50):
         buffer.add(flows(k * 1_000_000_000), "right")
         buffer.add(flows(HOUR + k * 1_000_000_000), "ahead")
     assert buffer.close_ready() is None
     now = [59_000_000_000]
-    buffer = WindowBuffer(60_000_000_000, 10, clock=lambda: now[0], max_ahead_ns=2 * HOUR)
+    buffer = WindowBuffer(60_000_000_000, clock=lambda: now[0], max_ahead_ns=2 * HOUR)
     buffer.add(flows(1, HOUR), "ahead")
     buffer.add(flows(), "ahead", watermark_ns=5 * HOUR)
     assert buffer.close_ready() is None
@@ -163,7 +163,7 @@ def test_a_sensor_an_hour_ahead_closes_nobodys_windows() -> None:
 
 
 def test_a_single_wrong_time_moves_nothing_and_a_gap_is_passed_over() -> None:
-    buffer = WindowBuffer(60_000_000_000, 10_000_000_000)
+    buffer = WindowBuffer(60_000_000_000)
     second = 1_000_000_000
     buffer.add(flows(*(k * second for k in range(20))))
     buffer.add(flows(10_000 * HOUR, 20 * second))
@@ -183,7 +183,7 @@ def test_a_single_wrong_time_moves_nothing_and_a_gap_is_passed_over() -> None:
 
 
 def test_a_wrong_time_at_the_very_start_moves_nothing() -> None:
-    buffer = WindowBuffer(60_000_000_000, 10)
+    buffer = WindowBuffer(60_000_000_000)
     buffer.add(flows(10_000 * HOUR, 5, 7))
     assert buffer.watermark_ns == 7
 
@@ -207,20 +207,19 @@ def test_every_record_is_closed_late_refused_or_open_at_any_moment(
 ) -> None:
     now = [0]
     buffer = WindowBuffer(
-        W, 10, lateness, clock=(lambda: now[0]) if clocked else None, idle_timeout_ns=60, max_ahead_ns=400
+        W, lateness, clock=(lambda: now[0]) if clocked else None, idle_timeout_ns=60, max_ahead_ns=400
     )
     seen: list[int] = []
-    panes: list[int] = []
-    numbers: list[int] = []
+    taken: list[int] = []
     last_window = -(10**9)
-    given_ports: list[int] = []
     count = 0
     for times, sensor, watermark, tick, close in steps:
         now[0] += tick
         batch = flows(*times, rows=count)
-        given_ports += range(count, count + len(times))
         count += len(times)
-        buffer.add(batch, sensor, watermark)
+        kept = buffer.add(batch, sensor, watermark)
+        assert starts(kept) == [t for t in times if not clocked or t <= now[0] + 400]
+        taken += kept.dst_port.tolist()
         assert balanced(buffer)
         if close:
             closed = buffer.close_ready()
@@ -229,21 +228,15 @@ def test_every_record_is_closed_late_refused_or_open_at_any_moment(
                 assert closed.start_ns[0] // W > last_window
                 last_window = int(closed.start_ns[-1]) // W
                 seen += closed.dst_port.tolist()
-            taken = buffer.take_panes()
-            if taken is not None:
-                panes += taken[0].dst_port.tolist()
-                assert not numbers or taken[1][0] > numbers[-1]
-                numbers += taken[1].tolist()
         assert balanced(buffer)
     closed = buffer.flush()
     seen += [] if closed is None else closed.dst_port.tolist()
     assert buffer.open_flows() == 0
     assert balanced(buffer)
     assert len(seen) == len(set(seen)) == buffer.counters.closed
-    taken = buffer.take_panes(flush=True)
-    panes += [] if taken is None else taken[0].dst_port.tolist()
-    assert len(panes) == len(set(panes)) == count - buffer.counters.future
-    assert set(seen) <= set(panes) <= set(given_ports)
+    assert len(taken) == len(set(taken)) == count - buffer.counters.future
+    assert len(taken) - len(seen) == buffer.counters.late
+    assert set(seen) <= set(taken) <= set(range(count))
 
 
 @settings(max_examples=60, deadline=None)
@@ -251,23 +244,16 @@ def test_every_record_is_closed_late_refused_or_open_at_any_moment(
 def test_it_does_not_matter_how_records_were_cut_into_batches(
     times: list[int], lateness: int, chance: random.Random
 ) -> None:
-    def run(sizes: list[int]) -> tuple[list[int], list[int], list[int], int]:
-        buffer = WindowBuffer(W, 10, lateness)
-        whole, at, out, panes, of = flows(*times), 0, [], [], []
+    def run(sizes: list[int]) -> tuple[list[int], list[int], int | None, WindowCounters]:
+        buffer = WindowBuffer(W, lateness)
+        whole, at, out, taken = flows(*times), 0, [], []
         for size in sizes:
-            buffer.add(whole.take(slice(at, at + size)))
+            taken += buffer.add(whole.take(slice(at, at + size))).dst_port.tolist()
             at += size
             out.append(buffer.close_ready())
-            taken = buffer.take_panes()
-            if taken is not None:
-                panes += taken[0].dst_port.tolist()
-                of += taken[1].tolist()
+        reached = buffer.watermark_ns
         out.append(buffer.flush())
-        taken = buffer.take_panes(flush=True)
-        if taken is not None:
-            panes += taken[0].dst_port.tolist()
-            of += taken[1].tolist()
-        return [p for b in out if b is not None for p in b.dst_port.tolist()], panes, of, buffer.counters.late
+        return [p for b in out if b is not None for p in b.dst_port.tolist()], taken, reached, buffer.counters
 
     sizes: list[int] = []
     while sum(sizes) < len(times):
@@ -275,33 +261,28 @@ def test_it_does_not_matter_how_records_were_cut_into_batches(
     assert run(sizes) == run([len(times)])
 
 
-def test_panes_are_steps_of_arrival() -> None:
-    buffer = WindowBuffer(W, 10, lateness_ns=1_000)
-    buffer.add(flows(0, 5, 12, 3, 15))
-    taken = buffer.take_panes()
-    assert taken is not None
-    assert (starts(taken[0]), taken[1].tolist()) == ([0, 5], [0, 0])
-    assert buffer.take_panes() is None
-    buffer.add(flows(2, 31))
-    taken = buffer.take_panes()
-    assert taken is not None
-    assert (starts(taken[0]), taken[1].tolist()) == ([2, 3, 12, 15], [1, 1, 1, 1])
-    taken = buffer.take_panes(flush=True)
-    assert taken is not None
-    assert (starts(taken[0]), taken[1].tolist()) == ([31], [3])
-
-
-def test_without_panes_none_are_kept() -> None:
-    buffer = WindowBuffer(W, 0)
-    buffer.add(flows(1, 2, 300))
-    assert buffer.take_panes(flush=True) is None
-    assert starts(buffer.close_ready()) == [1, 2]
+def test_who_takes_steps_of_arrival_gets_late_records_too_and_the_time_of_the_slowest_clock() -> None:
+    buffer = WindowBuffer(W)
+    assert buffer.arrival_ns is None
+    buffer.hear("a", 310)
+    assert starts(buffer.add(flows(305), "a", 300)) == [305]
+    assert buffer.arrival_ns == 310
+    assert starts(buffer.add(flows(2, 31), "a", 300)) == [2, 31]
+    assert buffer.counters.late == 2
+    buffer.hear("b", 290)
+    assert buffer.arrival_ns == 310
+    buffer.hear("b", 330)
+    assert buffer.arrival_ns == 310
+    buffer.hear("a", 340)
+    assert buffer.arrival_ns == 330
+    buffer.hear("b", 320)
+    assert buffer.arrival_ns == 330
 
 
 def test_thousands_of_small_batches_with_hosts_of_their_own_are_put_together_right() -> None:
     whole = power_law(20_000, 700, 3_000, windows=3, seed=5)
     names = whole.hosts.names.to_pylist()
-    buffer, parts, order = WindowBuffer(60_000_000_000, 10_000_000_000, 10**9), [], random.Random(1)
+    buffer, parts, order = WindowBuffer(60_000_000_000, 10**9), [], random.Random(1)
     for at in range(0, len(whole), 10):
         piece = whole.take(slice(at, at + 10))
         rows = [
@@ -326,7 +307,7 @@ def test_thousands_of_small_batches_with_hosts_of_their_own_are_put_together_rig
 
 def test_flows_in_order_are_handed_on_without_being_copied() -> None:
     whole = power_law(1_000, 50, 200, windows=2)
-    buffer = WindowBuffer(60_000_000_000, 10)
+    buffer = WindowBuffer(60_000_000_000)
     buffer.add(whole)
     closed = buffer.close_ready()
     assert closed is not None
@@ -336,7 +317,7 @@ def test_flows_in_order_are_handed_on_without_being_copied() -> None:
 
 
 def test_lengths_that_make_no_windows_are_refused() -> None:
-    for bad in ((0, 1, 0), (1, -1, 0), (1, 1, -1)):
+    for bad in ((0, 0), (-1, 0), (1, -1)):
         with pytest.raises(ValueError, match="positive"):
             WindowBuffer(*bad)
 
@@ -369,7 +350,7 @@ class Wall:
 
 def test_a_sensor_whose_clock_is_an_hour_behind_is_not_waited_for_and_its_records_are_late() -> None:
     wall = Wall(HOUR * 10)
-    buffer = WindowBuffer(60 * S, 0, clock=wall)
+    buffer = WindowBuffer(60 * S, clock=wall)
     for _ in range(600):
         wall.now += S
         for sensor, offset in (("right", 0), ("slow", -HOUR)):
@@ -385,7 +366,7 @@ def test_a_sensor_whose_clock_is_an_hour_behind_is_not_waited_for_and_its_record
 
 def test_a_sensor_that_works_through_a_backlog_is_waited_for() -> None:
     wall = Wall(HOUR * 10)
-    buffer = WindowBuffer(60 * S, 0, clock=wall)
+    buffer = WindowBuffer(60 * S, clock=wall)
     for k in range(90):
         for sensor, time in (("spooled", wall.now - HOUR + k * 40 * S), ("right", wall.now)):
             buffer.hear(sensor, time)
@@ -398,7 +379,7 @@ def test_a_sensor_that_works_through_a_backlog_is_waited_for() -> None:
 
 def test_who_is_alone_is_waited_for_whatever_the_clock_says() -> None:
     wall = Wall(HOUR * 10)
-    buffer = WindowBuffer(60 * S, 0, clock=wall)
+    buffer = WindowBuffer(60 * S, clock=wall)
     for _ in range(600):
         wall.now += S
         buffer.hear("slow", wall.now - HOUR)
@@ -419,10 +400,10 @@ def test_a_buffer_goes_on_from_its_state_and_the_flows_that_were_open() -> None:
         buffer.add(batches[k], "a", wall.now - 30 * S)
         return starts(buffer.close_ready())
 
-    buffer = WindowBuffer(60 * S, 0, clock=wall, max_ahead_ns=60 * S)
+    buffer = WindowBuffer(60 * S, clock=wall, max_ahead_ns=60 * S)
     for k in range(30):
         step(buffer, k)
-    other = WindowBuffer(60 * S, 0, clock=wall, max_ahead_ns=60 * S)
+    other = WindowBuffer(60 * S, clock=wall, max_ahead_ns=60 * S)
     other.restore(json.loads(json.dumps(buffer.state())))
     for k in range(20, 30):
         other.hold_again(batches[k], k * 20 * S)
