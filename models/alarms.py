@@ -39,7 +39,7 @@ GRANDFATHERED = 30 * an.MINUTE
 THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
 
-VERSION = 2
+VERSION = 3
 
 
 class Said(Protocol):

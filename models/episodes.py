@@ -161,6 +161,7 @@ class Episodes:
             family=a.family,
             start_ns=why.start_ns,
             alarm_ns=now_ns,
+            told_ns=now_ns,
             end_ns=None,
             p_value=p,
             severity=severity(p, allowed),
@@ -176,7 +177,7 @@ class Episodes:
 
     @staticmethod
     def _closed(now_ns: int, e: Episode, sentence: str) -> Finding:
-        return replace(e.finding, activity="close", end_ns=e.last_ns, sentence=sentence)
+        return replace(e.finding, activity="close", told_ns=now_ns, end_ns=e.last_ns, sentence=sentence)
 
     def _go_on(self, now_ns: int, e: Episode, o: Offer, allowed: float, why: Explained | None = None) -> list[Finding]:
         """The episode lasts; it is told again if it is materially worse and was not told just now."""
@@ -196,7 +197,7 @@ class Episodes:
                 sentence=why.sentence, start_ns=min(f.start_ns, why.start_ns), **_told(a, why),
             )  # fmt: skip
         sentence = f"{JOINED.split(f.sentence)[0]}{_joined(f, e.others)}"
-        e.finding = replace(f, activity="update", sentence=sentence, hosts=hosts)
+        e.finding = replace(f, activity="update", told_ns=now_ns, sentence=sentence, hosts=hosts)
         e.told_ns, e.told_p, e.grew = now_ns, min(e.told_p, p), False
         return [e.finding]
 

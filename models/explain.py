@@ -80,10 +80,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a person should look at, as it stands at `alarm_ns`.
+    """One thing that a person should look at, as it stands at `told_ns`.
 
-    uid stays the same from "create" through "update" to "close". p_value is that of the host in a block (10 · the
-    smallest p of its analytics); severity is OCSF's severity_id: 2 low, 3 medium, 4 high, 5 critical.
+    uid stays the same from "create" through "update" to "close", and so does `alarm_ns`, when it was raised; `told_ns`
+    is the end of the pane that had this told, later each time. Both are event time. p_value is that of the host in a
+    block (10 · the smallest p of its analytics); severity is OCSF's severity_id: 2 low, 3 medium, 4 high, 5 critical.
     """
 
     uid: str
@@ -95,6 +96,7 @@ class Finding:
     family: str
     start_ns: int
     alarm_ns: int
+    told_ns: int
     end_ns: int | None
     p_value: float
     severity: int

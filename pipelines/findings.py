@@ -1,7 +1,8 @@
 """Findings as OCSF Detection Findings (schema 1.8.0, class 2004): what a SOC's tools read.
 
 One JSON object a finding and a change of its life: Create when a host is raised, Update when it gets worse, Close when
-it has been quiet. `finding_info.uid` stays the same through all of them. The same stream of findings gives the same
+it has been quiet. `finding_info.uid` stays the same through all of them; `time` (the end of the pane that had it told)
+and `metadata.uid` are each one's own. The same stream of findings gives the same
 bytes.
 """
 
@@ -132,6 +133,11 @@ def _attack(technique: str) -> dict[str, Any]:
     return out
 
 
+def event_uid(finding: Finding) -> str:
+    """Which change of which finding this is: the same when the same flows are scored again, and no other's."""
+    return f"{finding.uid}-{finding.activity}-{finding.told_ns}"
+
+
 def to_ocsf(finding: Finding) -> dict[str, Any]:
     """The finding as an OCSF Detection Finding, ready for `json.dumps`. Times are milliseconds since the epoch."""
     activity_id, activity, status_id, status = ACTIVITIES[finding.activity]
@@ -141,9 +147,9 @@ def to_ocsf(finding: Finding) -> dict[str, Any]:
         "title": TITLES[finding.lead or finding.analytic],
         "desc": finding.sentence,
         "analytic": {"name": finding.analytic, "uid": finding.analytic, "type_id": 4, "type": "Learning (ML/DL)"},
-        "created_time": finding.start_ns // 10**6,
+        "created_time": finding.alarm_ns // 10**6,
         "first_seen_time": finding.start_ns // 10**6,
-        "last_seen_time": (finding.end_ns or finding.alarm_ns) // 10**6,
+        "last_seen_time": (finding.end_ns or finding.told_ns) // 10**6,
         "types": [finding.family],
     }
     if finding.technique:
@@ -161,13 +167,13 @@ def to_ocsf(finding: Finding) -> dict[str, Any]:
         "severity": SEVERITIES[finding.severity],
         "status_id": status_id,
         "status": status,
-        "time": finding.alarm_ns // 10**6,
+        "time": finding.told_ns // 10**6,
         "start_time": finding.start_ns // 10**6,
         "message": finding.sentence,
         "metadata": {
             "version": SCHEMA_VERSION,
             "product": {"name": "FlowSAGE", "vendor_name": "FlowSAGE", "version": version()},
-            "uid": f"{finding.uid}-{finding.activity}-{finding.alarm_ns}",
+            "uid": event_uid(finding),
         },
         "finding_info": info,
         "evidences": [_evidence(e) for e in finding.evidence],

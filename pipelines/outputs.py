@@ -82,7 +82,7 @@ class HostTableWriter:
         begin, end = table.column("window_start_ns").to_numpy(), table.column("window_end_ns").to_numpy()
         for finding in self._findings.values():
             mine = pc.equal(table.column("host"), finding.host).to_numpy()
-            alert |= mine & (begin <= (finding.end_ns or finding.alarm_ns)) & (end > finding.alarm_ns - self._window_ns)
+            alert |= mine & (begin <= (finding.end_ns or finding.told_ns)) & (end > finding.alarm_ns - self._window_ns)
         write_parquet(table.append_column("alert", pa.array(alert)), path)
 
 
@@ -119,7 +119,7 @@ class FindingWriter:
                 self._rows[finding.uid] = {
                     "host": finding.host, "role": finding.role, "peer": finding.peer, "analytic": finding.analytic,
                     "start_ns": finding.start_ns, "alarm_ns": first["alarm_ns"],
-                    "end_ns": finding.end_ns or finding.alarm_ns,
+                    "end_ns": finding.end_ns or finding.told_ns,
                     "p_value": min(first["p_value"], finding.p_value),
                     "severity": SEVERITIES[finding.severity], "sentence": finding.sentence, "uid": finding.uid,
                 }  # fmt: skip

@@ -26,9 +26,10 @@ import click
 
 from flowsage.collector.collect import stopped_by_signals
 from flowsage.collector.errors import ConfigurationError, FencedError, LogError, LogUnavailableError
+from flowsage.models.explain import Finding
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.embeddings import embedding_records
-from flowsage.pipelines.findings import to_json
+from flowsage.pipelines.findings import event_uid, to_json
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.log import Consumer, Headers, Log, LogRecord, Transaction, Transactor
 from flowsage.pipelines.metrics import Metrics, Value
@@ -301,9 +302,9 @@ class Scoring:
 
     def _write(self, transaction: Transaction, outcome: Outcome) -> None:
         prefix = self.settings.kafka.prefix
-        for pane_ns, finding in outcome.findings:
-            value, headers = to_json(finding).encode(), finding_headers(f"{finding.uid}/{pane_ns}")
-            transaction.append(anomalies_topic(prefix), finding.host.encode(), value, headers)
+        for finding in outcome.findings:
+            value = to_json(finding).encode()
+            transaction.append(anomalies_topic(prefix), finding.host.encode(), value, finding_headers(finding))
         for dead in outcome.dead:
             transaction.append(dlq_topic(prefix), *dead_letter(dead))
         for record in embedding_records(outcome.embeddings):
@@ -354,11 +355,11 @@ def _told(site: Site) -> str:
     return f"{counters.consumed:,} flows, {counters.windows} windows learnt; {site.scorer.standing()}"
 
 
-def finding_headers(event: str) -> Headers:
-    """CloudEvents headers (binary content mode) of a finding; `event` is another for every change of its life."""
+def finding_headers(finding: Finding) -> Headers:
+    """CloudEvents headers (binary content mode) of a finding."""
     return [
         ("ce_specversion", b"1.0"),
-        ("ce_id", event.encode()),
+        ("ce_id", event_uid(finding).encode()),
         ("ce_type", b"flowsage.anomalies.v1"),
         ("ce_source", b"/flowsage/scorer"),
         ("ce_dataschema", b"urn:flowsage:anomalies:1"),

@@ -64,9 +64,9 @@ class DeadLetter:
 
 @dataclass
 class Outcome:
-    """What is to be published: findings (with the end of the pane they are of), dead letters, embeddings if wanted."""
+    """What is to be published: findings, dead letters, embeddings if wanted."""
 
-    findings: list[tuple[int, Finding]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     dead: list[DeadLetter] = field(default_factory=list)
     embeddings: list[pa.RecordBatch] = field(default_factory=list)
 
@@ -284,7 +284,7 @@ class Site:
 
     def _findings(self, findings: list[Finding]) -> None:
         if self.pane_ns > self.out.pane_ns:
-            self._outcome.findings += [(self.pane_ns, f) for f in findings]
+            self._outcome.findings += findings
 
     def _closed(self, closed: ClosedWindows) -> None:
         prior = self.scorer.detector.prior

@@ -34,6 +34,7 @@ def finding(activity: str = "create", **changes: object) -> Finding:
     fields = {
         "uid": "abc", "activity": activity, "host": "10.0.0.5", "role": "source", "peer": None, "analytic": "sweep",
         "family": "scan", "start_ns": START, "alarm_ns": START + 5 * SECOND,
+        "told_ns": START + (5 + 60 * ("create", "update", "close").index(activity)) * SECOND,
         "end_ns": START + 60 * SECOND if activity == "close" else None, "p_value": 1e-5, "severity": 4,
         "sentence": "10.0.0.5 tried 12 new peers on tcp/445", "technique": "T1046", "evidence": (evidence(),),
     }  # fmt: skip

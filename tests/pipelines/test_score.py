@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,14 +69,45 @@ def batches() -> list[Batch]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(batches: list[Batch]) -> list[bytes]:
+def scored(batches: list[Batch]) -> Log:
+    """The log with all batches, scored by one who is not disturbed."""
     log, clock = memory()
     publish(log, batches, clock)
     scoring = run(log, settings())
     assert balanced(site(scoring))
-    found = findings(log)
+    return log
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scored: Log) -> list[bytes]:
+    found = findings(scored)
     assert len(found) >= 5
     return found
+
+
+def test_every_event_of_a_finding_has_a_time_and_an_identity_of_its_own(scored: Log) -> None:
+    records = list(read_all(scored, ANOMALIES))
+    events = [json.loads(value or b"") for _, value, _ in records]
+    assert [dict(headers)["ce_id"].decode() for _, _, headers in records] == [e["metadata"]["uid"] for e in events]
+    assert len({e["metadata"]["uid"] for e in events}) == len(events)
+    lives: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        lives.setdefault(event["finding_info"]["uid"], []).append(event)
+    assert max(sum(e["activity_id"] == 2 for e in life) for life in lives.values()) >= 2
+    pane_ms = settings().windows.pane // 10**6
+    for life in lives.values():
+        times = [e["time"] for e in life]
+        assert times == sorted(set(times))
+        assert all(time % pane_ms == 0 for time in times)
+        assert {e["finding_info"]["created_time"] for e in life} == {times[0]}
+        for event, time in zip(life, times, strict=True):
+            info = event["finding_info"]
+            assert info["first_seen_time"] == event["start_time"] <= info["last_seen_time"] <= time
+            assert max(e["data"]["last_seen_time"] for e in event["evidences"]) <= time
+            if event["activity_id"] < 3:
+                assert info["last_seen_time"] == time
+            else:
+                assert info["last_seen_time"] == event["end_time"] < time
 
 
 def test_findings_do_not_depend_on_how_the_records_were_cut_into_polls(
