@@ -32,7 +32,7 @@ TOO_LARGE = "too large for the log"
 class Log(Protocol):
     """Where records are appended: `flowsage.pipelines.memory_log.MemoryLog`, or `flowsage.pipelines.kafka.KafkaLog`.
 
-    When `append` returns, the record is the log's responsibility; when it raises, it has to be appended again.
+    What else a log does is said where it is read: `flowsage.pipelines.log.Log`.
     """
 
     def append(
@@ -44,8 +44,14 @@ class Log(Protocol):
         *,
         partition_key: bytes | None = None,
         timeout_s: float | None = None,
-    ) -> object:
-        """Append one record; records of one `partition_key` share a partition. Raises after `timeout_s` at most."""
+    ) -> tuple[int, int]:
+        """Append one record; returns its (partition, offset) once the log will not lose it.
+
+        Records of one `partition_key` (default: `key`) share a partition, in order. When it raises, the record was not
+        appended, with one exception: LogUnavailableError, after which it may have been. LogFullError,
+        RecordTooLargeError (it never will be taken) and LogUnavailableError (after `timeout_s` at most; None: as long
+        as the log waits by itself) are LogErrors.
+        """
 
 
 @dataclass

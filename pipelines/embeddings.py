@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from flowsage.collector.sink import CONTENT_TYPE
+from flowsage.collector.sink import CONTENT_TYPE, Headers
 from flowsage.models.detector import ClosedWindows
 from flowsage.models.meeting import MeetingPrior
-from flowsage.pipelines.log import Headers
 
 SCHEMA_VERSION = 1
 

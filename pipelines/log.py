@@ -12,12 +12,14 @@ nothing. Two things meet the contract and pass one test suite: `MemoryLog` for o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-Headers = Sequence[tuple[str, bytes]]
+from flowsage.collector import publish
+from flowsage.collector.sink import Headers
+
 OnPartitions = Callable[[frozenset[int]], None]
 Offsets = Mapping[int, "int | Committed"]
 """Partition → offset of the next record to read after a restart, with metadata or without."""
@@ -107,26 +109,8 @@ class Transactor(Protocol):
         """No more transactions; an open one is aborted."""
 
 
-class Log(Protocol):
+class Log(publish.Log, Protocol):
     """Topics, as one process sees them. Safe to use from several threads; its consumers are not."""
-
-    def append(
-        self,
-        topic: str,
-        key: bytes | None,
-        value: bytes | None,
-        headers: Headers = (),
-        *,
-        partition_key: bytes | None = None,
-        timeout_s: float | None = None,
-    ) -> tuple[int, int]:
-        """Append one record; returns its (partition, offset) once the log will not lose it.
-
-        Records of one `partition_key` (default: `key`) share a partition, in order. When it raises, the record was not
-        appended, with one exception: LogUnavailableError, after which it may have been. LogFullError,
-        RecordTooLargeError (it never will be taken) and LogUnavailableError (after `timeout_s` at most; None: as long
-        as the log waits by itself) are LogErrors.
-        """
 
     def consumer(
         self,

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flowsage.collector.errors import FencedError, LogFullError
+from flowsage.collector.sink import Headers
 from flowsage.pipelines.log import (
     Committed,
     Consumer,
-    Headers,
     Log,
     LogRecord,
     Offsets,
