@@ -25,7 +25,8 @@ from flowsage.models import beacon, levels
 from flowsage.models.calibration import Calibration, Readiness
 from flowsage.models.cells import CELL, Memory, by_group
 from flowsage.models.episodes import QUIET, Episodes, Offer
-from flowsage.models.explain import META, Evidence, Explained, Finding, explain
+from flowsage.models.explain import META, Explained, explain
+from flowsage.models.finding import Evidence, Finding
 
 __all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding", "Looked"]
 

@@ -19,7 +19,7 @@ from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch
 from flowsage.graph.hostgraph import HostGraph, host_graph
 from flowsage.models.alarms import AlarmConfig, Alarms
-from flowsage.models.explain import Finding
+from flowsage.models.finding import Finding
 from flowsage.models.history import History, HistoryConfig, HistoryScores
 from flowsage.models.meeting import MeetingConfig, MeetingPrior
 from flowsage.models.testimony import Witness

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from flowsage.models.analytics import SHARE, TABLE, Analytic
-from flowsage.models.explain import Evidence, Explained, Finding, severity
+from flowsage.models.explain import Explained
+from flowsage.models.finding import Evidence, Finding, severity
 
 MINUTE = 60.0
 QUIET, TOGETHER, THROTTLE = 60 * MINUTE, 15 * MINUTE, 5 * MINUTE

@@ -5,23 +5,26 @@ Commands import what they need when they run, so that a sensor needs no torch an
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable
 from datetime import UTC
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from flowsage.collector.errors import FlowsageError, UsageError
-from flowsage.pipelines.config import Settings, load
-
-F = TypeVar("F", bound=Callable[..., Any])
-EXISTING = click.Path(path_type=Path)
-TARGET = click.Path(path_type=Path, dir_okay=False)
-FOLDER = click.Path(path_type=Path, file_okay=False)
-MOMENT = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"])
+from flowsage.pipelines.options import (
+    EXISTING,
+    FOLDER,
+    MOMENT,
+    TARGET,
+    config_options,
+    kafka_options,
+    model_options,
+    need_kafka,
+    sensor_options,
+    settings_from,
+)
 
 LAB_DEFAULTS: dict[str, dict[str, Any]] = {
     "sensor": {"idle_timeout": "4s", "active_timeout": "6s", "half_open_timeout": "1s", "linger": "0.5s",
@@ -46,91 +49,6 @@ class Group(click.Group):
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(0)
-
-
-def config_options(command: F) -> F:
-    """--config, --check-config, --show-config and -v, which every command that is configured takes."""
-    for option in (
-        click.option("--config", type=EXISTING, help="TOML file (default: $FLOWSAGE_CONFIG)"),
-        click.option("--check-config", is_flag=True, help="say whether the configuration is right, and stop"),
-        click.option("--show-config", is_flag=True, help="print the configuration in force as TOML, and stop"),
-        click.option("-v", "--verbose", count=True, help="say more on stderr (-vv: everything)"),
-    ):
-        command = option(command)
-    return command
-
-
-def sensor_options(command: F) -> F:
-    """What concerns the kernel program."""
-    for option in (
-        click.option("-i", "--interface", "interfaces", multiple=True, help="interface to watch; repeat for several"),
-        click.option("--mode", type=click.Choice(["auto", "drv", "skb", "hw"]), help="XDP mode"),
-        click.option("--mirror", is_flag=True, default=None, help="drop packets once counted (the port only mirrors)"),
-        click.option("--replace", is_flag=True, default=None, help="replace somebody else's XDP program"),
-        click.option("--egress", is_flag=True, default=None, help="count what leaves the interfaces too"),
-        click.option("--dedupe", is_flag=True, default=None, help="count a packet that several interfaces see once"),
-        click.option("--loader", type=click.Choice(["auto", "libbpf", "bcc"]), help="shipped program, or compiled"),
-    ):
-        command = option(command)
-    return command
-
-
-def model_options(command: F) -> F:
-    """What concerns windows, model and alarms."""
-    for option in (
-        click.option("--window", help="window, such as 60s"),
-        click.option("--pane", help="pane, such as 10s"),
-        click.option("--budget", type=float, help="false findings a day per 100 hosts that you accept"),
-        click.option("--undirected", is_flag=True, default=None, help="the flows' direction is not known"),
-        click.option("--model", "directory", type=FOLDER, help="model directory to start from, and to watch"),
-        click.option("--no-graph", is_flag=True, default=None, help="without the GraphSAGE prior"),
-        click.option("--seed", type=int, help="seed of the model"),
-    ):
-        command = option(command)
-    return command
-
-
-def kafka_options(command: F) -> F:
-    """Where Kafka is; everything else about it is configuration."""
-    for option in (
-        click.option("--kafka", metavar="HOST:PORT", help="Kafka brokers, comma-separated"),
-        click.option("--prefix", help="what the topics' names begin with"),
-    ):
-        command = option(command)
-    return command
-
-
-def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] | None = None) -> Settings:
-    """The configuration in force, from the options a command was given; --check-config and --show-config end here."""
-    level = {0: logging.WARNING, 1: logging.INFO}.get(options.pop("verbose"), logging.DEBUG)
-    # Its own words about every lost connection would drown ours.
-    quiet = {logging.WARNING: logging.CRITICAL, logging.INFO: logging.ERROR}.get(level, logging.INFO)
-    logging.getLogger("kafka").setLevel(quiet)
-    logging.basicConfig(level=level, format="flowsage: %(levelname)s: %(message)s", stream=sys.stderr)
-    path, check, show = options.pop("config"), options.pop("check_config"), options.pop("show_config")
-    prior = "none" if options.get("no_graph") else None
-    flags: dict[str, dict[str, Any]] = {
-        "sensor": {k: options.get(k) for k in ("mode", "mirror", "replace", "egress", "dedupe", "loader", "name")}
-        | {"interfaces": options.get("interfaces") or None, "pins": "" if options.get("no_pin") else None}
-        | {"keep_privileges": options.get("keep_privileges")},
-        "windows": {k: options.get(k) for k in ("window", "pane")},
-        "model": {k: options.get(k) for k in ("undirected", "seed")}
-        | {"prior": prior, "directory": str(options["directory"]) if options.get("directory") else None},
-        "alarms": {"budget": options.get("budget")},
-        "kafka": {"bootstrap_servers": options.get("kafka"), "prefix": options.get("prefix")},
-        "score": {"state": options.get("state")},
-        "metrics": {"port": options.get("metrics_port"), "enabled": False if options.get("no_metrics") else None},
-    }
-    settings = load(
-        path, {s: {k: v for k, v in f.items() if v is not None} for s, f in flags.items()}, defaults=defaults
-    )
-    if show:
-        click.echo(settings.to_toml(), nl=False)
-    if check:
-        click.echo("configuration is valid", err=True)
-    if show or check:
-        raise click.exceptions.Exit(0)
-    return settings
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -264,8 +182,8 @@ def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
     settings = settings_from(options)
     if bool(flows) == (begin is not None):
         raise UsageError("name what to learn from: flow files, or --from MOMENT for a time range of the topic")
-    if begin is not None and not settings.kafka.bootstrap_servers:
-        raise UsageError("name a broker: --kafka HOST:PORT, or kafka.bootstrap_servers in the configuration")
+    if begin is not None:
+        need_kafka(settings)
     from flowsage.pipelines.train import TrainSettings
     from flowsage.pipelines.train import train as train_model
 
@@ -326,15 +244,14 @@ def lab(**options: Any) -> None:
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="seconds to wait for the brokers")
 def topics(**options: Any) -> None:
     """Look after the topics in Kafka: make them, and say what is not as it should be."""
-    settings = settings_from(options).kafka
-    if not settings.bootstrap_servers:
-        raise UsageError("name a broker: --kafka HOST:PORT, or kafka.bootstrap_servers in the configuration")
+    settings = settings_from(options)
+    need_kafka(settings)
     from flowsage.pipelines.topics import look_after
     from flowsage.pipelines.topics import topics as wanted
 
-    plan = wanted(settings.prefix, partitions=options["partitions"], replication=options["replication"] or 0)
+    plan = wanted(settings.kafka.prefix, partitions=options["partitions"], replication=options["replication"] or 0)
     create = options["create"] and not options["dry_run"]
-    for report in look_after(settings, plan, create=create, timeout_s=options["timeout"]):
+    for report in look_after(settings.kafka, plan, create=create, timeout_s=options["timeout"]):
         click.echo(str(report))
 
 
@@ -349,7 +266,7 @@ def topics(**options: Any) -> None:
 def score(**options: Any) -> None:
     """Flows from Kafka in, findings to Kafka out. Start as many as there are sites: they share the partitions."""
     settings = settings_from(options)
-    _need_kafka(settings)
+    need_kafka(settings)
     from flowsage.pipelines.score import run_score
 
     run_score(settings, duration_s=options["duration"])
@@ -367,16 +284,11 @@ def score(**options: Any) -> None:
 def watch(**options: Any) -> None:
     """Findings from Kafka as they come, a line each."""
     settings = settings_from(options)
-    _need_kafka(settings)
+    need_kafka(settings)
     from flowsage.pipelines.watch import watch as watch_findings
 
     names = ("as_json", "evidence", "severity", "host", "since")
     watch_findings(settings, follow=not options["no_follow"], **{k: options[k] for k in names})
-
-
-def _need_kafka(settings: Settings) -> None:
-    if not settings.kafka.bootstrap_servers:
-        raise UsageError("name a broker: --kafka HOST:PORT, or kafka.bootstrap_servers in the configuration")
 
 
 @main.command()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from flowsage.collector.errors import InputError
 from flowsage.models.detector import ClosedWindows
-from flowsage.models.explain import Finding
+from flowsage.models.finding import Finding
 from flowsage.pipelines.findings import SEVERITIES, to_json
 from flowsage.pipelines.readable import finding_lines
 

@@ -26,17 +26,15 @@ import click
 
 from flowsage.collector.collect import stopped_by_signals
 from flowsage.collector.errors import ConfigurationError, FencedError, LogError, LogUnavailableError
-from flowsage.models.explain import Finding
 from flowsage.pipelines.config import Settings
-from flowsage.pipelines.embeddings import embedding_records
-from flowsage.pipelines.findings import event_uid, to_json
 from flowsage.pipelines.kafka import KafkaLog
-from flowsage.pipelines.log import Consumer, Headers, Log, LogRecord, Transaction, Transactor
+from flowsage.pipelines.log import Consumer, Log, LogRecord, Transactor
 from flowsage.pipelines.metrics import Metrics, Value
+from flowsage.pipelines.outcome import Outcome, Progress
 from flowsage.pipelines.scorer import scoring_metrics
-from flowsage.pipelines.site import DeadLetter, Outcome, Progress, Site
+from flowsage.pipelines.site import Site
 from flowsage.pipelines.state import Snapshot, SnapshotStore, SnapshotWriter
-from flowsage.pipelines.topics import anomalies_topic, dlq_topic, embeddings_topic, flows_topic
+from flowsage.pipelines.topics import flows_topic
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +43,6 @@ POLL = 500
 COMMIT_S = 1.0
 RETRY_S = 1.0
 PROGRESS_S = 60.0
-DEAD_BYTES = 8 << 20
-"""A dead letter keeps so much of a record; what is longer is no batch of ours."""
 
 Say = Callable[[str], None]
 
@@ -275,7 +271,7 @@ class Scoring:
         while True:
             try:
                 with seat.transactor.transaction() as transaction:
-                    self._write(transaction, seat.outcome)
+                    seat.outcome.write(transaction, self.settings.kafka.prefix)
                     transaction.commit_offsets(self._consumer, {number: commit})
                 break
             except FencedError:
@@ -299,16 +295,6 @@ class Scoring:
                 seat.transactor = self.log.transactor(f"{self.settings.score.group}-{self._topic}-{number}")
                 committed = self.log.committed(self.settings.score.group, self._topic).get(number)
                 return Progress.of(committed).next >= seat.site.out.next
-
-    def _write(self, transaction: Transaction, outcome: Outcome) -> None:
-        prefix = self.settings.kafka.prefix
-        for finding in outcome.findings:
-            value = to_json(finding).encode()
-            transaction.append(anomalies_topic(prefix), finding.host.encode(), value, finding_headers(finding))
-        for dead in outcome.dead:
-            transaction.append(dlq_topic(prefix), *dead_letter(dead))
-        for record in embedding_records(outcome.embeddings):
-            transaction.append(embeddings_topic(prefix), *record)
 
     def _snapshot_of(self, number: int, site: Site) -> Snapshot:
         assert site.saved is not None
@@ -353,36 +339,6 @@ class Scoring:
 def _told(site: Site) -> str:
     counters = site.scorer.counters
     return f"{counters.consumed:,} flows, {counters.windows} windows learnt; {site.scorer.standing()}"
-
-
-def finding_headers(finding: Finding) -> Headers:
-    """CloudEvents headers (binary content mode) of a finding."""
-    return [
-        ("ce_specversion", b"1.0"),
-        ("ce_id", event_uid(finding).encode()),
-        ("ce_type", b"flowsage.anomalies.v1"),
-        ("ce_source", b"/flowsage/scorer"),
-        ("ce_dataschema", b"urn:flowsage:anomalies:1"),
-        ("content-type", b"application/json"),
-    ]
-
-
-def dead_letter(dead: DeadLetter) -> tuple[bytes | None, bytes | None, Headers]:
-    """Key, value and headers of a dead letter: the record's own, and where it was and what is wrong with it."""
-    record = dead.record
-    value: bytes | None = record.value
-    headers: list[tuple[str, bytes]] = [
-        *record.headers,
-        ("dlq_topic", record.topic.encode()),
-        ("dlq_partition", b"%d" % record.partition),
-        ("dlq_offset", b"%d" % record.offset),
-        ("dlq_timestamp", b"%d" % (record.timestamp_ns // 10**6)),
-        ("dlq_error", dead.error.encode()),
-    ]
-    if value is not None and len(value) > DEAD_BYTES:
-        headers.append(("dlq_truncated_from", b"%d" % len(value)))
-        value = value[:DEAD_BYTES]
-    return record.key, value, headers
 
 
 def run_score(settings: Settings, *, duration_s: float | None = None) -> None:

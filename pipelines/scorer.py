@@ -19,7 +19,7 @@ from flowsage.graph.flows import FlowBatch, from_table, merge
 from flowsage.graph.window import WindowBuffer, in_order
 from flowsage.models.alarms import AlarmConfig
 from flowsage.models.detector import ClosedWindows, Detector, DetectorConfig
-from flowsage.models.explain import Finding
+from flowsage.models.finding import Finding
 from flowsage.models.history import HistoryConfig
 from flowsage.models.meeting import MeetingConfig
 from flowsage.pipelines.config import Settings

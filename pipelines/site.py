@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,11 @@ from flowsage.collector.errors import ConfigurationError, SchemaError
 from flowsage.collector.sink import Origin
 from flowsage.graph.flows import FlowBatch, from_table
 from flowsage.models.detector import ClosedWindows, Detector
-from flowsage.models.explain import Finding
+from flowsage.models.finding import Finding
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.embeddings import embeddings_of
 from flowsage.pipelines.log import Committed, LogRecord
+from flowsage.pipelines.outcome import DeadLetter, Outcome, Progress
 from flowsage.pipelines.scorer import Scorer, detector_config
 from flowsage.pipelines.sources import READ
 
@@ -52,57 +53,6 @@ class SiteCounters:
     dead: int = 0
     lost: int = 0
     """Batches that never came: gaps in a sensor's numbers."""
-
-
-@dataclass(frozen=True)
-class DeadLetter:
-    """A record that cannot be read, and why."""
-
-    record: LogRecord
-    error: str
-
-
-@dataclass
-class Outcome:
-    """What is to be published: findings, dead letters, embeddings if wanted."""
-
-    findings: list[Finding] = field(default_factory=list)
-    dead: list[DeadLetter] = field(default_factory=list)
-    embeddings: list[pa.RecordBatch] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.findings or self.dead or self.embeddings)
-
-    def extend(self, other: Outcome) -> None:
-        """What came after, to be published with it."""
-        self.findings += other.findings
-        self.dead += other.dead
-        self.embeddings += other.embeddings
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a commit says beside its offset: findings of panes that end until `pane_ns` are out, what the windows that
-    closed then gave (until `windows_ns`), and dead letters of records before `next`."""
-
-    pane_ns: int = -1
-    windows_ns: int = -1
-    next: int = 0
-
-    def metadata(self) -> str:
-        """As the metadata of a commit."""
-        return json.dumps({"v": VERSION, **asdict(self)}, separators=(",", ":"))
-
-    @classmethod
-    def of(cls, committed: Committed | None) -> Progress:
-        """What was committed; without a commit, or one of somebody else's, nothing is out."""
-        if committed is None:
-            return cls()
-        try:
-            told = json.loads(committed.metadata)
-            return cls(int(told["pane_ns"]), int(told["windows_ns"]), int(told["next"]))
-        except (ValueError, KeyError, TypeError):
-            return cls(next=committed.offset)
 
 
 class Site:

@@ -19,7 +19,7 @@ from flowsage.graph.window import WindowBuffer, in_order
 from flowsage.models.alarms import Alarms
 from flowsage.models.calibration import Calibration
 from flowsage.models.detector import ALL_TIME
-from flowsage.models.explain import Finding
+from flowsage.models.finding import Finding
 from flowsage.models.history import History
 from flowsage.models.meeting import MeetingPrior
 from flowsage.pipelines.config import load

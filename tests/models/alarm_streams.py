@@ -10,7 +10,7 @@ import pyarrow as pa
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import from_table
 from flowsage.models.alarms import AlarmConfig, Alarms
-from flowsage.models.explain import Finding
+from flowsage.models.finding import Finding
 from flowsage.models.history import History, HistoryConfig
 
 S = 10**9

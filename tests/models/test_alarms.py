@@ -12,7 +12,8 @@ from flowsage.collector.errors import ConfigurationError
 from flowsage.models import analytics as an
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.episodes import Episodes, Offer
-from flowsage.models.explain import Explained, Finding
+from flowsage.models.explain import Explained
+from flowsage.models.finding import Finding
 from tests.models.alarm_streams import LAB, MISBEHAVIOURS, START, Row, S, Watch, office
 
 BEGIN = 126.0

@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from flowsage.models.explain import ONE, amount, duration, port_of, severity
+from flowsage.models.explain import ONE, amount, duration, port_of
+from flowsage.models.finding import severity
 from tests.models.alarm_streams import CLIENTS, MISBEHAVIOURS, PANE, SSH, START, Row, S, Watch, office
 from tests.models.test_alarms import BEGIN, LOUD, created, scene
 

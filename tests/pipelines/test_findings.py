@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from py_ocsf_models.events.findings.detection_finding import DetectionFinding
 
 from flowsage.models.analytics import TABLE
-from flowsage.models.explain import Evidence, Finding
+from flowsage.models.finding import Evidence, Finding
 from flowsage.models.testimony import Witness
 from flowsage.pipelines.findings import TECHNIQUES, TITLES, json_schema, to_json, to_ocsf
 from flowsage.pipelines.readable import finding_lines

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flowsage.models.detector import ClosedWindows
-from flowsage.models.explain import Finding
+from flowsage.models.finding import Finding
 from flowsage.pipelines.config import Settings, load
 from flowsage.pipelines.model import ModelDirectory
 from flowsage.pipelines.scorer import Scorer

@@ -18,8 +18,9 @@ from flowsage.collector.sink import serialise
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
+from flowsage.pipelines.outcome import Progress
 from flowsage.pipelines.score import Scoring
-from flowsage.pipelines.site import Progress, Site
+from flowsage.pipelines.site import Site
 from flowsage.pipelines.state import Snapshot, SnapshotStore
 from flowsage.pipelines.topics import anomalies_topic, dlq_topic, embeddings_topic, flows_topic
 from tests.pipelines.flow_stream import Batch, LogClock, again, heartbeat, memory, publish, read_all, settings, stream
