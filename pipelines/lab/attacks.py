@@ -194,6 +194,19 @@ async def exfil(node: Node, report: Report, parameters: Parameters) -> None:
         await _post(report, target, parameters["port"], "POST /upload", size, node.filler, rate)
 
 
+async def flood(node: Node, report: Report, parameters: Parameters) -> None:
+    """Connections to one server, each with its request, faster than anyone needs them (T1499.002)."""
+    (target,) = parameters["targets"]
+    port, rate = parameters["port"], parameters["rate"]
+    request = f"GET / HTTP/1.1\r\nHost: {target}\r\nConnection: close\r\n\r\n".encode()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with asyncio.TaskGroup() as group:
+        for number in range(parameters["connections"]):
+            group.create_task(_touch(report, target, port, request, 2.0))
+            await asyncio.sleep(max(0.0, began + (number + 1) / rate - loop.time()))
+
+
 RUNS: dict[str, Run] = {
     "scan": scan,
     "slow-scan": slow_scan,
@@ -201,6 +214,7 @@ RUNS: dict[str, Run] = {
     "guess": guess,
     "beacon": beacon,
     "exfil": exfil,
+    "flood": flood,
 }
 """How each misbehaviour of `misbehaviour.ATTACKS` is done."""
 

@@ -65,9 +65,17 @@ ATTACKS: dict[str, Attack] = {
             (443,),
             {"port": 443, "bytes": 40_000_000, "bytes_per_s": 3_000_000, "parts": 2},
         ),
+        Attack(
+            "flood",
+            "connections to the intranet's web server, faster than anyone needs them",
+            "T1499.002",
+            "dev1",
+            (80,),
+            {"port": 80, "connections": 1500, "rate": 100.0},
+        ),
     )
 }
-"""The six, by name, each from a host of its own so that findings can be told apart."""
+"""By name, each from a host of its own so that findings can be told apart."""
 
 
 def prepare(
@@ -109,5 +117,7 @@ def _targets(name: str, own: str, dice: random.Random) -> list[str]:
             return [ADDRESS["jump"]]
         case "beacon":
             return [ADDRESS["c2"]]
+        case "flood":
+            return [ADDRESS["web"]]
         case _:
             return [ADDRESS["dropzone"]]

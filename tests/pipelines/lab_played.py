@@ -87,7 +87,7 @@ def flows_of(packets: list[Packet]) -> pa.Table:
 
 
 class Played:
-    """One run of the lab in which all six misbehave at once, recorded; what was seen, for many tests."""
+    """One run of the lab in which all misbehave at once, recorded; what was seen, for many tests."""
 
     def __init__(self, directory: Path) -> None:
         self.capture = directory / "lab.pcap"
@@ -111,6 +111,7 @@ class Played:
                     lab.start_attack("worm", rate=10.0),
                     lab.start_attack("guess", attempts=10, period_s=0.2),
                     lab.start_attack("exfil", bytes=6_000_000),
+                    lab.start_attack("flood", connections=200),
                     lab.start_attack("slow-scan", period_s=0.5),
                     lab.start_attack("beacon", period_s=0.8, beats=8),
                 ]

@@ -94,7 +94,7 @@ def test_when_the_caller_is_killed_the_lab_goes_too(tmp_path: Path) -> None:
     caller.kill()
     caller.wait()
     caller.stdout.close()
-    assert until(lambda: not remains("fslbk"), 5)
+    assert until(lambda: not remains("fslbk"), 15)
 
 
 @needs_root
@@ -103,7 +103,7 @@ def test_what_a_killed_lab_left_is_removed_at_the_next_start(tmp_path: Path) -> 
     first = Lab(settings).start()
     supervisor = int(Path(f"/proc/{first.processes['web']}/stat").read_text().rsplit(")", 1)[1].split()[1])
     os.kill(supervisor, signal.SIGKILL)
-    assert until(lambda: not any(alive(pid) for pid in first.processes.values()), 3), "hosts outlive their parent"
+    assert until(lambda: not any(alive(pid) for pid in first.processes.values()), 15), "hosts outlive their parent"
     stale = namespaces("fslbs")
     assert len(stale) > 14
     with pytest.raises(FlowsageError, match="has ended by itself"):
@@ -115,8 +115,8 @@ def test_what_a_killed_lab_left_is_removed_at_the_next_start(tmp_path: Path) -> 
             Lab(settings).start()
         with pytest.raises(FlowsageError, match=r"cannot be recorded to .*No such file"):
             second.record(tmp_path / "absent" / "lab.pcap")
-        with pytest.raises(UsageError, match="no misbehaviour is called 'flood'"):
-            second.start_attack("flood")
+        with pytest.raises(UsageError, match="no misbehaviour is called 'earthquake'"):
+            second.start_attack("earthquake")
         with pytest.raises(UsageError, match="no parameter beets"):
             second.start_attack("beacon", beets=3)
         with pytest.raises(UsageError, match="no host of the lab"):

@@ -16,6 +16,8 @@ from flowsage.pipelines.lab import ATTACKS, Truth, label_file, label_flows, read
 from flowsage.pipelines.lab.truth import write_truth
 from tests.pipelines.lab_played import Played, flows_of, from_attacker, handshakes, needs_nmap, needs_root, play
 
+LEAST_STEPS = {"worm": 99, "slow-scan": 12, "guess": 10, "beacon": 8, "exfil": 2, "flood": 200}
+
 
 @pytest.fixture(name="played", scope="module")
 def fixture_played() -> Played:
@@ -37,14 +39,14 @@ def test_the_scan_sends_bare_syns_from_the_attacker_to_every_inside_host(played:
 
 
 @needs_root
-@pytest.mark.parametrize("name", ["worm", "slow-scan", "guess", "beacon", "exfil"])
+@pytest.mark.parametrize("name", ["worm", "slow-scan", "guess", "beacon", "exfil", "flood"])
 def test_each_step_of_the_truth_is_a_handshake_on_the_wire_at_that_time(played: Played, name: str) -> None:
     truth = played.truths[name]
     assert truth.attacker == ATTACKS[name].attacker
     assert truth.status == ("stopped" if name == "slow-scan" else "done")
     assert truth.error is None
     on_the_wire = {(p[2], p[3], p[4]): p[0] for p in handshakes(from_attacker(played, name))}
-    assert len(truth.steps) >= {"worm": 99, "slow-scan": 12, "guess": 10, "beacon": 8, "exfil": 2}[name]
+    assert len(truth.steps) >= LEAST_STEPS[name]
     for step in truth.steps:
         seen = on_the_wire[step.source_port, step.target, step.port]
         assert 0 <= seen - step.time_ns < 500_000_000
@@ -102,7 +104,7 @@ def test_labels_are_exactly_the_attacks_connections(played: Played) -> None:
     flows = flows_of(played.packets)
     labelled = label_flows(flows, played.truths.values()).to_pylist()
     by_attack = Counter(row["attack"] for row in labelled if row["label"])
-    for name in ("worm", "slow-scan", "guess", "beacon", "exfil"):
+    for name in ("worm", "slow-scan", "guess", "beacon", "exfil", "flood"):
         assert by_attack[name] == len(played.truths[name].steps), name
     attackers = {truth.address for truth in played.truths.values()}
     assert all(row["src_ip"] in attackers for row in labelled if row["label"])
