@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +80,7 @@ class HistoryScores(ContactTerms):
     @cached_property
     def terms(self) -> dict[str, Float64]:
         """Every term of each flow f8[n], by name; S is "history". Made when asked for."""
-        return self.parts.terms()
+        return dict(zip((*NAMES, "history"), self.parts.table(), strict=True))
 
 
 class Outputs(NamedTuple):
@@ -147,20 +147,27 @@ class Parts:
     out: Outputs
     weights: Weights
 
-    def terms(self) -> dict[str, Float64]:
-        """Each term [n], undirected the mean over both ways, and "history": their weighted sum."""
-        out, ways = self.out, self.ways
+    def table(self) -> Float64:
+        """Each term as a row f64[19, n], undirected the mean over both ways, and last "history": their weighted sum."""
+        out, ways, terms = self.out, self.ways, len(NAMES)
         index = self.of_flow if ways == 1 else (self.of_flow[:, None] * ways + np.arange(ways)).ravel()
-        values = np.empty((len(NAMES), len(index)))
+        table = np.empty((terms + 1, len(self.of_flow)))
+        values = table[:terms] if ways == 1 else np.empty((terms, len(index)))
         np.take(out.terms, index, axis=1, out=values[: len(TERMS)], mode="clip")
         capped = values[B_S : K_SS + 1]
-        np.minimum(capped, values[D], out=capped, where=np.repeat(self.capped, ways))
+        np.minimum(capped, values[D], out=capped, where=self.capped if ways == 1 else np.repeat(self.capped, ways))
         regular = np.log1p(np.maximum(0.0, out.llr - CONSTANTS.regular_above) / 10.0)
-        own = out.v_rev, out.v_fwd, out.llr, out.z, out.zc, regular, np.repeat(self.failed, ways)
-        for row, value in zip(values[len(TERMS) :], own, strict=True):
-            row[:] = value
+        failed = self.failed if ways == 1 else np.repeat(self.failed, ways)
+        own = out.v_rev, out.v_fwd, out.llr, out.z, out.zc, regular, failed
+        for row, value in enumerate(own, len(TERMS)):
+            values[row] = value
         if ways > 1:
-            values = values.reshape(len(NAMES), -1, ways).mean(2)
-        weights = np.array([getattr(self.weights, name, 0.0) for name in NAMES])
-        history = (weights[:, None] * values).sum(0)  # not `@`, whose order of summation depends on the length
-        return dict(zip(NAMES, values, strict=True)) | {"history": history}
+            values = np.mean(values.reshape(terms, -1, ways), axis=2, out=table[:terms])
+        # Not `@`: its order of summation depends on the number of flows.
+        table[terms] = (_weighted(self.weights)[:, None] * values).sum(0)
+        return table
+
+
+@cache
+def _weighted(weights: Weights) -> Float64:
+    return np.array([getattr(weights, name, 0.0) for name in NAMES])

@@ -16,38 +16,57 @@ import pyarrow.parquet as pq
 from flowsage.collector.errors import InputError
 from flowsage.models.detector import ClosedWindows
 from flowsage.models.finding import Finding
+from flowsage.models.history_scores import NAMES
 from flowsage.pipelines.findings import SEVERITIES, to_json
 from flowsage.pipelines.readable import finding_lines
+
+
+_SCORES = ("flow_score", "beacon_score")
+_SHARES = ("first_meeting_tail", *NAMES, "history")
+"""Columns of a `ScoreTable`, f64 and f32."""
+
+_BLOCK = 1 << 17
+"""Flows whose scores are kept in one piece."""
 
 
 class ScoreTable:
     """A row for each input row: flow_score, beacon_score, first_meeting (tail), and a column a term of history."""
 
     def __init__(self) -> None:
-        self._rows: list[npt.NDArray[np.int64]] = []
-        self._columns: dict[str, list[npt.NDArray[Any]]] = {}
+        self._blocks: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float32]]] = []
+        self._used = _BLOCK
+        """Flows of the last block."""
 
     def add(self, closed: ClosedWindows) -> None:
         """The flows of a run of windows."""
-        self._rows.append(closed.flows.row)
-        columns: dict[str, npt.NDArray[Any]] = {
-            "flow_score": closed.scores.flow_score,
-            "beacon_score": closed.scores.beacon_score,
-            "first_meeting_tail": closed.tails[closed.contacts.of_flow].astype(np.float32),
-        }
-        columns.update((name, values.astype(np.float32)) for name, values in closed.scores.terms.items())
-        for name, values in columns.items():
-            self._columns.setdefault(name, []).append(values)
+        scores, n, done = closed.scores, len(closed.flows), 0
+        tails, terms = closed.tails[closed.contacts.of_flow], scores.parts.table()
+        while done < n:
+            if self._used == _BLOCK:
+                self._used = 0
+                self._blocks.append(
+                    (np.empty(_BLOCK, np.int64), np.empty((2, _BLOCK)), np.empty((len(_SHARES), _BLOCK), np.float32))
+                )
+            count = min(n - done, _BLOCK - self._used)
+            here, there = slice(self._used, self._used + count), slice(done, done + count)
+            rows, wide, narrow = self._blocks[-1]
+            rows[here] = closed.flows.row[there]
+            wide[0, here], wide[1, here] = scores.flow_score[there], scores.beacon_score[there]
+            narrow[0, here], narrow[1:, here] = tails[there], terms[:, there]
+            self._used += count
+            done += count
 
     def write(self, path: Path, rows: int) -> None:
         """`rows` rows in input order; NaN where a flow was never scored (late)."""
-        index = np.concatenate(self._rows) if self._rows else np.empty(0, np.int64)
         table = {}
-        for name, parts in self._columns.items():
-            column = np.full(rows, np.nan, parts[0].dtype)
-            column[index] = np.concatenate(parts)
-            table[name] = column
-        write_parquet(pa.table(table or {"flow_score": np.full(rows, np.nan)}), path)
+        for kind, names in enumerate((_SCORES, _SHARES) if self._blocks else (_SCORES[:1],)):
+            for k, name in enumerate(names):
+                column = np.full(rows, np.nan, np.float32 if kind else np.float64)
+                for block in self._blocks:
+                    used = self._used if block is self._blocks[-1] else _BLOCK
+                    column[block[0][:used]] = block[1 + kind][k, :used]
+                table[name] = column
+        write_parquet(pa.table(table), path)
 
 
 class HostTableWriter:
@@ -55,13 +74,26 @@ class HostTableWriter:
 
     def __init__(self, window_ns: int) -> None:
         self._window_ns = window_ns
-        self._parts: list[tuple[pa.Array, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
+        self._parts: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
+        self._names: list[pa.Array] = []
+        self._recent: tuple[pa.Array, list[npt.NDArray[np.int32]]] | None = None
+        """A host table, which many windows of a file share, and the hosts of its windows."""
         self._findings: dict[str, Finding] = {}
 
     def add(self, closed: ClosedWindows) -> None:
         """The host-windows of a run of windows; p_value is null while alarms are not ready."""
-        hosts = pc.take(closed.flows.hosts.names, pa.array(closed.scores.host))
-        self._parts.append((hosts, closed.scores.window * self._window_ns, closed.scores.score, closed.p_values))
+        names = closed.flows.hosts.names
+        if self._recent is None or self._recent[0] is not names:
+            self._name()
+            self._recent = names, []
+        self._recent[1].append(closed.scores.host)
+        self._parts.append((closed.scores.window * self._window_ns, closed.scores.score, closed.p_values))
+
+    def _name(self) -> None:
+        if self._recent is not None:
+            names, hosts = self._recent
+            self._names.append(pc.take(names, pa.array(np.concatenate(hosts))))
+            self._recent = None
 
     def raised(self, findings: list[Finding]) -> None:
         """Remember who was raised and when: the last word on each finding counts."""
@@ -69,21 +101,22 @@ class HostTableWriter:
 
     def write(self, path: Path) -> None:
         """Write the file; `alert` is whether a finding on the host was open in the window."""
-        hosts = pa.chunked_array([p[0] for p in self._parts], None if self._parts else pa.string())
-        start = np.concatenate([np.empty(0, np.int64), *(p[1] for p in self._parts)])
-        score, p_value = (np.concatenate([np.empty(0), *(p[k] for p in self._parts)]) for k in (2, 3))
-        table = pa.table(
-            {
-                "host": hosts, "window_start_ns": start, "window_end_ns": start + self._window_ns, "score": score,
-                "p_value": pa.array(p_value, from_pandas=True),
-            }
-        )  # fmt: skip
-        alert = np.zeros(len(table), np.bool_)
-        begin, end = table.column("window_start_ns").to_numpy(), table.column("window_end_ns").to_numpy()
+        self._name()
+        hosts = pa.chunked_array(self._names, None if self._names else pa.string())
+        start = np.concatenate([np.empty(0, np.int64), *(p[0] for p in self._parts)])
+        score, p_value = (np.concatenate([np.empty(0), *(p[k] for p in self._parts)]) for k in (1, 2))
+        end = start + self._window_ns
+        alert = np.zeros(len(hosts), np.bool_)
         for finding in self._findings.values():
-            mine = pc.equal(table.column("host"), finding.host).to_numpy()
-            alert |= mine & (begin <= (finding.end_ns or finding.told_ns)) & (end > finding.alarm_ns - self._window_ns)
-        write_parquet(table.append_column("alert", pa.array(alert)), path)
+            # Windows close in order, so those of a finding are a part of the table.
+            first = int(np.searchsorted(start, finding.alarm_ns - 2 * self._window_ns, side="right"))
+            last = int(np.searchsorted(start, finding.end_ns or finding.told_ns, side="right"))
+            alert[first:last] |= pc.equal(hosts.slice(first, max(0, last - first)), finding.host).to_numpy()
+        table = {
+            "host": hosts, "window_start_ns": start, "window_end_ns": end, "score": score,
+            "p_value": pa.array(p_value, from_pandas=True), "alert": alert,
+        }  # fmt: skip
+        write_parquet(pa.table(table), path)
 
 
 class FindingWriter:
