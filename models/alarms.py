@@ -42,6 +42,8 @@ THREADED = 1 << 14
 
 VERSION = 3
 
+_BEST, _RUN = by_group("best"), by_group("run")
+
 
 class Said(Protocol):
     """What a witness says of a first meeting (`testimony.Testimony` is one)."""
@@ -206,8 +208,8 @@ class Alarms:
             active = tuple(np.concatenate(a) if a else empty for a in self._active)
             h, scale = self.memory.hosts.arrays, self.config.time_scale
             self.calibration.flush(
-                (active[0], active[1]), tuple(h[name] for name in by_group("best")),
-                tuple(h[name] for name in by_group("run")), h["last"], h["excluded"], h["born"], self._now,
+                (active[0], active[1]), tuple(h[name] for name in _BEST),
+                tuple(h[name] for name in _RUN), h["last"], h["excluded"], h["born"], self._now,
                 self._block, (an.HOUR / scale, an.DAY / scale),
             )  # fmt: skip
             h["causes"][np.concatenate(active)] = 0.0
@@ -255,9 +257,11 @@ class Alarms:
         born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
         stores = m.hosts, m.services, m.pairs, m.contacts
         cells, past = (tuple(s.arrays[name].reshape(-1, CELL) for s in stores) for name in ("cells", "past"))
-        best = tuple(h[name] for name in by_group("best"))
-        known = np.stack((looked.known, looked.pair_known, looked.service_known)) > 0
-        counts, sent = np.stack((c.flows, c.answered, c.failed)), c.bytes_fwd - c.bytes_rev
+        best = tuple(h[name] for name in _BEST)
+        known, counts, sent = np.empty((3, n), np.bool_), np.empty((3, n), np.int32), c.bytes_fwd - c.bytes_rev
+        for k, column in enumerate((looked.known, looked.pair_known, looked.service_known)):
+            np.greater(column, 0, out=known[k])
+        counts[0], counts[1], counts[2] = c.flows, c.answered, c.failed
         fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
         shared, surprise = (np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss))
         what = service, counts, told, sent, shared, fresh, surprise, tails

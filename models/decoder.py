@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,31 @@ GAIN: Final = 8.0
 """Overlaps are cosines, most of them small: a coefficient has to become large, and Adam's steps are of one size."""
 
 
-def service_codes(service: Int32) -> Tensor:
+def service_rows(service: Int32) -> Int64:
     """Two hashed rows i64[n, 2] of the service table for each service code."""
     keys = keys_of(service)
-    rows = np.stack([keys & np.uint64(_CODES - 1), (keys >> np.uint64(20)) & np.uint64(_CODES - 1)], 1)
-    return torch.from_numpy(rows.astype(np.int64))
+    rows = np.empty((len(keys), 2), np.int64)
+    rows[:, 0], rows[:, 1] = keys & np.uint64(_CODES - 1), (keys >> np.uint64(20)) & np.uint64(_CODES - 1)
+    return rows
+
+
+def service_codes(service: Int32) -> Tensor:
+    """`service_rows` as a tensor."""
+    return torch.from_numpy(service_rows(service))
+
+
+Linear = tuple[Float32, Float32]
+"""Transposed weights and bias of a layer."""
+
+
+class Plain(NamedTuple):
+    """The weights of a decoder's source side as NumPy views, which follow them: layers are updated in place."""
+
+    service: Float32
+    source: tuple[Linear, Linear]
+    diagonal: Linear
+    stranger: Linear
+    overlap: Linear | None
 
 
 class Decoder(nn.Module):
@@ -69,18 +89,24 @@ class Decoder(nn.Module):
         blocks = [_block(sketch, a) * weight[:, k : k + 1] for k, (a, _) in enumerate(signatures.PAIRS)]
         return torch.cat([tower, *blocks], 1), stranger
 
-    def answer(self, embedding: Float32, sketch: Float32 | None, codes: Int64) -> tuple[Float32, Float32]:
+    def plain(self) -> Plain:
+        """The weights that `answer` reads, as they are and as they will be."""
+        return Plain(
+            self.service.weight.detach().numpy(), (_plain(self.source[0]), _plain(self.source[2])),
+            _plain(self.diagonal), _plain(self.stranger), None if self.overlap is None else _plain(self.overlap),
+        )  # fmt: skip
+
+    @staticmethod
+    def answer(plain: Plain, embedding: Float32, sketch: Float32 | None, codes: Int64) -> tuple[Float32, Float32]:
         """As `sources`, without gradients and in NumPy: of a few rows, torch's own overhead is what costs (five times
         as much)."""
-        first, last = self.source[0], self.source[2]
-        table = self.service.weight.detach().numpy()
-        service = table[codes[:, 0]] + table[codes[:, 1]]
-        hidden = np.maximum(_linear(first, np.concatenate([embedding, service], 1)), 0)
-        tower = _linear(last, hidden) * (1 + _linear(self.diagonal, service)) * np.float32(TOWER**-0.5)
-        stranger = _linear(self.stranger, tower)[:, 0]
-        if self.overlap is None or sketch is None:
+        service = plain.service[codes[:, 0]] + plain.service[codes[:, 1]]
+        hidden = np.maximum(_linear(plain.source[0], np.concatenate([embedding, service], 1)), 0)
+        tower = _linear(plain.source[1], hidden) * (1 + _linear(plain.diagonal, service)) * np.float32(TOWER**-0.5)
+        stranger = _linear(plain.stranger, tower)[:, 0]
+        if plain.overlap is None or sketch is None:
             return tower, stranger
-        weight = np.float32(GAIN) * _linear(self.overlap, service)
+        weight = np.float32(GAIN) * _linear(plain.overlap, service)
         blocks = [sketch[:, a * signatures.WIDTH : (a + 1) * signatures.WIDTH] for a, _ in signatures.PAIRS]
         return np.concatenate([tower, *(b * weight[:, k : k + 1] for k, b in enumerate(blocks))], 1), stranger
 
@@ -92,10 +118,14 @@ class Decoder(nn.Module):
         return torch.cat([tower, *(_block(sketch, b) for _, b in signatures.PAIRS)], 1)
 
 
-def _linear(layer: nn.Module, x: Float32) -> Float32:
+def _plain(layer: nn.Module) -> Linear:
     assert isinstance(layer, nn.Linear)
-    out: Float32 = x @ layer.weight.detach().numpy().T
-    out += layer.bias.detach().numpy()
+    return layer.weight.detach().numpy().T, layer.bias.detach().numpy()
+
+
+def _linear(layer: Linear, x: Float32) -> Float32:
+    out: Float32 = x @ layer[0]
+    out += layer[1]
     return out
 
 

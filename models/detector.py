@@ -7,7 +7,7 @@ nothing learnt from an open window is used, so scores depend on the past alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ class Detector:
                 first, last = (int(flows.start_ns[k]) // window_ns for k in (0, -1))
                 if first == last:
                     window = np.full(len(seen), first, np.int64)
-                    return replace(seen, window=window, windows=np.array([first], np.int64))
+                    return Contacts(**(vars(seen) | {"window": window, "windows": np.array([first], np.int64)}))
                 break
         return contacts(flows, window_ns)
 

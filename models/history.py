@@ -22,7 +22,7 @@ from flowsage.graph.flows import FlowBatch
 from flowsage.models.beat import beat
 from flowsage.models.familiarity import C_ES, C_SS, DC, TERMS, D, Scratch, familiarity
 from flowsage.models.history_scores import ContactTerms, Float64, HistoryScores, Outputs, Parts
-from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S
+from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S, assign_together
 from flowsage.models.keys import NEVER, Int32, Int64
 from flowsage.models.recall import FIELDS, recall
 from flowsage.models.scoring import contact_sums, score
@@ -35,6 +35,8 @@ _CHUNK = 1 << 18
 """Contacts handled at once: bounds the memory of a long run, and changes no result."""
 _THREADED = 1 << 14
 """Flows from which a second thread pays."""
+_SMALL = 1 << 10
+"""Rows of a chunk for which scratch is kept."""
 _SHARED = (D, C_SS, C_ES, DC)
 """Terms that are fields of contacts as well."""
 
@@ -71,6 +73,8 @@ class History:
         self._ranks = np.zeros(buckets, np.int64)
         self._tops = np.zeros(buckets + 1, np.int64)
         self._threads: ThreadPoolExecutor | None = None
+        self._weights = _weights(self.config.weights)
+        self._scratch = Scratch.empty([_SMALL] * len(LEVEL_NAMES))
 
     @property
     def evicted(self) -> dict[str, int]:
@@ -103,21 +107,23 @@ class History:
             of_c = slice(int(contacts.offsets[begin]), int(contacts.offsets[end]))
             of_f = slice(int(contacts.flow_offsets[begin]), int(contacts.flow_offsets[end]))
             run = _run(contacts, ways, begin, end, of_c, of_f)
-            part = out.part(of_c, of_f, ways)
-            hosts.append(self._chunk(run, flows.take(of_f), part))
-            out.keep(part, of_c, ways)
+            whole = end - begin == len(contacts.windows)
+            part = out if whole else out.part(of_c, of_f, ways)
+            hosts.append(self._chunk(run, flows if whole else flows.take(of_f), part))
+            if not whole:
+                out.keep(part, of_c, ways)
             self.windows += end - begin
             self.last_window = int(contacts.windows[end - 1])
             self._evict(out.slots[: of_c.stop])
             begin = end
-        host, window, score = (np.concatenate([part[k] for part in hosts] or [_NONE]) for k in range(3))
+        host, window, score = hosts[0] if len(hosts) == 1 else _joined(hosts)
         capped = flows.answered & flows.told
         return HistoryScores(
             **_fields((*out.marks[:4], *(out.terms[k, ::ways] for k in _SHARED), *out.said, out.marks[4]), out.slots),
             flow_score=out.flow_score,
             beacon_score=out.beacon_score,
-            host=host.astype(np.int32, copy=False),
-            window=window.astype(np.int64, copy=False),
+            host=host,
+            window=window,
             score=score,
             parts=Parts(ways, contacts.of_flow, capped, flows.failed, out, self.config.weights),
         )
@@ -135,7 +141,7 @@ class History:
             volume(run, rows[level], levels[level]["volume"], _frozen(count), scratch, v)
 
         def count() -> None:
-            counts, scratch = tuple(level["count"] for level in levels), Scratch.empty([int(r.start[-1]) for r in rows])
+            counts, scratch = tuple(level["count"] for level in levels), self._room([int(r.start[-1]) for r in rows])
             familiarity(
                 run, self.windows, tuple(rows), counts, scratch, self._pool, self._ranks, levels[SVC]["rank"],
                 out.terms, out.marks,
@@ -150,11 +156,15 @@ class History:
             )  # fmt: skip
 
         size = len(run.src) * run.ways + len(flows)
-        self._together(size, *(partial(assign, level) for level in (ES, E, SS, O, S, SVC)))
+        small = assign_together(levels, run) if size < _THREADED else None
+        if small is not None:
+            rows = small
+        else:
+            self._together(size, *(partial(assign, level) for level in (ES, E, SS, O, S, SVC)))
         volumes = ((ES, flows.bytes_fwd, out.v_fwd), (S, flows.bytes_rev, out.v_rev))
         self._together(size, beats, count, *(partial(learn_volume, *each) for each in volumes))
         out.slots[:] = rows[ES].slot[:: run.ways]
-        weights, own = _weights(self.config.weights)
+        weights, own = self._weights
         sums = memory.empty((len(run.src) * run.ways, 4), np.float64)
         contact_sums(run.ways, out.terms, weights, sums)
         k, pairs = int(rows[S].start[-1]), int(rows[E].start[-1])
@@ -221,14 +231,24 @@ class History:
                 "hand over closed windows once, in order"
             )
 
+    def _room(self, sizes: list[int]) -> Scratch:
+        """Scratch for so many rows: what small chunks share, else their own."""
+        return self._scratch if max(sizes) <= _SMALL else Scratch.empty(sizes)
+
     def _chunk_end(self, offsets: npt.NDArray[np.int64], begin: int, ways: int) -> int:
         """Windows begin:end that are handled at once: one at a time where keys may have to leave after each."""
+        if begin + 1 == len(offsets) - 1:
+            return begin + 1
         room = self.config.max_keys - max(len(level.table) for level in self.levels)
         most = int(offsets[begin]) + min(_CHUNK, max(0, room)) // ways
         return max(begin + 1, int(np.searchsorted(offsets, most, side="right")) - 1)
 
     def _together(self, size: int, *jobs: Callable[[], None]) -> None:
         """Independent jobs, the longest first; two at a time where their size is worth a second thread."""
+        if size < _THREADED or self.config.threads < 2:
+            for job in jobs:
+                job()
+            return
         todo = deque(jobs)
 
         def work() -> None:
@@ -239,9 +259,6 @@ class History:
                     return
                 job()
 
-        if size < _THREADED or self.config.threads < 2:
-            work()
-            return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="history")
         other = self._threads.submit(work)
@@ -257,8 +274,14 @@ class History:
                     slots[:] = np.where(slots >= 0, remap[slots], -1)
 
 
-_NONE = np.empty(0)
 _NO_ROWS = Rows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
+
+
+def _joined(parts: list[tuple[Int32, Int64, Float64]]) -> tuple[Int32, Int64, Float64]:
+    """Host, window and score of the host-windows of several chunks."""
+    none: tuple[Int32, Int64, Float64] = np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0)
+    host, window, score = (np.concatenate(column) for column in zip(none, *parts, strict=True))
+    return host, window, score
 
 
 def _weights(weights: Weights) -> tuple[Float64, Float64]:

@@ -6,6 +6,7 @@ service) · o (target, service). A *row* is a key that was active in a window, n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -151,6 +152,28 @@ def _assign(level, entries, run, rows, done, window, total, count):  # type: ign
     return len(rows.slot), len(run.windows), total, count
 
 
+@numba.njit(cache=True, nogil=True)
+def _assign_each(entries, run, rows, counts):  # type: ignore[no-untyped-def]
+    """`_assign` of every level, where all tables have room; counts i64[6] keys in each."""
+    for level in range(len(entries)):
+        counts[level] = _assign(level, entries[level], run, rows[level], 0, 0, 0, counts[level])[3]
+
+
+def assign_together(levels: Sequence[Level], run: Run) -> list[Rows] | None:
+    """Rows of a chunk at every level, in one call for small chunks; None where a table has no room for so many."""
+    v, w = len(run.src) * run.ways, len(run.windows)
+    if any(level.table.room < v for level in levels):
+        return None
+    entries = tuple(level.table.entries for level in levels)
+    numbers, start = np.empty((len(levels), 3, v), np.int32), np.empty((len(levels), w + 1), np.int64)
+    rows = tuple(Rows(slot, row, row_slot, begin) for (slot, row, row_slot), begin in zip(numbers, start, strict=True))
+    counts = np.array([len(level.table) for level in levels], np.int64)
+    _assign_each(entries, run, rows, counts)
+    for level, count in zip(levels, counts.tolist(), strict=True):
+        level.learnt(count)
+    return list(rows)
+
+
 class Level:
     """One kind of key: its table, and arrays of what is remembered, by slot."""
 
@@ -185,6 +208,11 @@ class Level:
             self.table.grow(min(expected, 4 * count))
         self._reserve(len(self.table))
         return rows
+
+    def learnt(self, count: int) -> None:
+        """The table holds `count` keys now."""
+        self.table.inserted(count)
+        self._reserve(count)
 
     def _reserve(self, count: int) -> None:
         for name, old in self.arrays.items():

@@ -130,6 +130,11 @@ class KeyTable:
         return self._count
 
     @property
+    def room(self) -> int:
+        """Keys for which there is room without growing."""
+        return self.entries.shape[0] * 7 // 10 - self._count
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the table occupies."""
         return self.entries.nbytes

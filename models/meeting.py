@@ -179,16 +179,17 @@ class MeetingPrior:
         met = self._answers(contacts, first)
         self._asked = self._everybody = None
         gate = np.ones(len(met.contact), np.float32)
-        if self.waiting is None:
-            asked = ~np.isnan(met.tail)
-            gate[:] = np.clip(np.where(asked, met.tail, 0) / c.gate, c.floor, 1)
-            self.unasked += int(np.count_nonzero(~asked))
-        gate[~contacts.kept[met.contact]] *= c.unanswered
-        self._judge(met, gate)
-        parts = np.arange(0, max(len(contacts), 1), LEARNT)
+        if len(met.contact):
+            if self.waiting is None:
+                asked = ~np.isnan(met.tail)
+                gate[:] = np.clip(np.where(asked, met.tail, 0) / c.gate, c.floor, 1)
+                self.unasked += int(np.count_nonzero(~asked))
+            gate[~contacts.kept[met.contact]] *= c.unanswered
+            self._judge(met, gate)
+        parts = range(0, max(len(contacts), 1), LEARNT)
         for begin in parts:
-            part = slice(int(begin), int(begin) + LEARNT)
-            some = slice(*np.searchsorted(met.contact, (part.start, part.stop)))
+            part = slice(begin, begin + LEARNT)
+            some = slice(*np.searchsorted(met.contact, (part.start, part.stop))) if len(parts) > 1 else slice(None)
             self._remember(contacts, part, met, some, gate[some], window, max(1, c.replayed_window // len(parts)))
         self.windows += 1
         self._meetings_since += len(met.contact)
@@ -340,7 +341,8 @@ class MeetingPrior:
         """Which of graph and popularity foretold these meetings better? Older ones fade: 200 meetings' worth count."""
         if not self.network.steps:
             return
-        gain = np.nan_to_num(np.clip(met.log_graph - met.log_popular, -GAIN, GAIN))
+        gain = np.clip(met.log_graph - met.log_popular, -GAIN, GAIN)
+        gain[np.isnan(gain)] = 0
         weight = np.where(np.isnan(met.tail), 0, gate)
         fade = 0.995 ** float(weight.sum())
         self.advantage = float(np.clip(self.advantage * fade + (gain * weight).sum(), -6, 6))

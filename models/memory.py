@@ -159,9 +159,9 @@ class MeetingMemory:
             self.replay.prev[at],
         )
 
-    def links(self, source_hash: UInt64, service: Int32) -> Int64:
-        """Newest meeting i64[n] of each (source hash, service code) in the ring, -1 where there is none."""
-        pair = self.replay.pairs.find(keys_of(service, source_hash))
+    def links(self, keys: UInt64) -> Int64:
+        """Newest meeting i64[n] of each (service code, source hash), as `keys_of` says it, in the ring; -1: none."""
+        pair = self.replay.pairs.find(keys)
         links: Int64 = np.where(pair >= 0, self.replay.pair["head"][pair], -1)
         return links
 

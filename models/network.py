@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowsage.models import signatures
 from flowsage.models.columns import Float32, Int32
-from flowsage.models.decoder import Decoder, service_codes
+from flowsage.models.decoder import Decoder, service_codes, service_rows
 from flowsage.models.memory import Batch, MeetingMemory
 from flowsage.models.plausibility import STEEPEST, batch_popularity
 from flowsage.models.profiles import FEATURES
@@ -40,6 +40,8 @@ class View:
             own = torch.cat([own_signs(memory, None), torch.zeros(1, signatures.WIDTH)])
             self.sketch = signatures.sketch(own, torch.arange(hosts + 1), None, *graph.sketched).roll(1, 0)
         self.peers = network.decoder.targets(self.embedding, self.sketch)
+        self.plain = network.decoder.plain()
+        """The decoder's weights, for `Network.sources`."""
 
     @torch.no_grad()
     def refresh(self, rows: Int32) -> None:
@@ -109,8 +111,8 @@ class Network(torch.nn.Module):
         target."""
         rows = source.astype(np.int64) + 1
         sketch = None if view.sketch is None else view.sketch.numpy()[rows]
-        tower, stranger = self.decoder.answer(view.embedding.numpy()[rows], sketch, service_codes(code).numpy())
-        return tower, np.clip(stranger, -STEEPEST, STEEPEST)
+        tower, stranger = Decoder.answer(view.plain, view.embedding.numpy()[rows], sketch, service_rows(code))
+        return tower, np.minimum(np.maximum(stranger, np.float32(-STEEPEST)), np.float32(STEEPEST))
 
     def step(self, memory: MeetingMemory, batch: Batch, candidates: Int32, excess: Float32, view: View | None) -> float:
         """One step of Adam on a batch (see `gradients`). Returns the loss, nats a meeting."""

@@ -81,8 +81,8 @@ def ask(  # type: ignore[no-untyped-def]
     number is returned.
     """
     hosts = len(anywhere)
-    received, listed = np.zeros(hosts, np.float32), np.full(hosts, -1, np.int64)
-    known = np.full(hosts, -1, np.int64)
+    received, listed = np.empty(hosts, np.float32), np.full(hosts, -1, np.int32)
+    known = np.full(hosts, -1, np.int32)
     graph = np.empty(len(candidate), np.float64)
     popular = np.empty(len(candidate), np.float64)
     before = np.int64(-2)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numba
 import numpy as np
 
 from flowsage.graph.build import Contacts
 from flowsage.models.columns import Bool, Float32, Float64, Int32, Int64, UInt64
-from flowsage.models.keys import KeyTable
 from flowsage.models.memory import MeetingMemory
 from flowsage.models.network import Network, View
 from flowsage.models.plausibility import LISTED, LOG_GRAPH, LOG_POPULAR, TAIL, ask
@@ -19,6 +20,8 @@ DRAWN = 512
 
 _TARGETS, _MEETINGS = 512, 1 << 15
 """About how many targets of one (source, service) are asked about, and how many meetings of a window."""
+
+_NONE: Int64 = np.empty(0, np.int64)
 
 _EXAMINED = 1 << 15
 """Most (source, service) of a window among which those to ask are chosen."""
@@ -68,7 +71,7 @@ class Candidates:
 
 def first_meetings(memory: MeetingMemory, contacts: Contacts, first: Bool) -> Answers:
     """The contacts that `first` bool[c] marks, but for hosts that meet themselves; nothing asked yet."""
-    at = np.flatnonzero(first & (contacts.src != contacts.dst))
+    at = np.flatnonzero(first & (contacts.src != contacts.dst)) if first.any() else _NONE
     source_hash, target_hash = contacts.hosts.hash[contacts.src[at]], contacts.hosts.hash[contacts.dst[at]]
     blank = np.full((3, len(at)), np.nan)
     hosts = memory.hosts
@@ -100,27 +103,26 @@ def answer(
     scratch = np.empty(capacity, np.int32), np.empty(capacity), np.empty(capacity)
     if not len(met.contact) or not hosts:
         return Candidates(scratch[0][:0], scratch[1][:0], scratch[2][:0])
-    group = KeyTable().find_or_insert(keys_of(met.service, met.source_hash), 0)
-    groups = int(group.max()) + 1
-    example = np.empty(groups, np.int64)
-    example[group[::-1]] = np.arange(len(group) - 1, -1, -1)
-    popularity = memory.popularity
+    keys = keys_of(met.service, met.source_hash)
+    group, example = np.empty(len(keys), np.int32), np.empty(len(keys), np.int64)
+    groups = _group(keys, group, example)
+    example, popularity = example[:groups], memory.popularity
     service = popularity.find(met.service[example])
     chosen = _choose(met, example, service, popularity.service["total"], max(1, comparisons // most), per_source)
     chosen = chosen[np.argsort(service[chosen], kind="stable")]
     rank = np.full(groups, -1, np.int32)
     rank[chosen] = np.arange(len(chosen), dtype=np.int32)
     asked = _thin(met, np.flatnonzero(rank[group] >= 0), group)
-    asked = asked[np.argsort(rank[group[asked]], kind="stable")]
-    begin = np.zeros(len(chosen) + 1, np.int64)
-    begin[1:] = np.cumsum(np.bincount(rank[group[asked]], minlength=len(chosen)))
-    source, code = met.source[example[chosen]], met.service[example[chosen]]
+    begin, order = np.zeros(len(chosen) + 1, np.int64), np.empty(len(asked), np.int64)
+    _deal(asked, group, rank, begin, order)
+    asked, example = order, example[chosen]
+    source, code = met.source[example], met.service[example]
     towers, stranger = network.sources(view, source, code)
     answers = np.empty((len(asked), 3))
     candidate, density, copies = scratch
     replay, services, offers = memory.replay, popularity.service, popularity.offer
     used = ask(
-        source, service[chosen], memory.links(met.source_hash[example[chosen]], code), begin, met.target[asked],
+        source, service[chosen], memory.links(keys[example]), begin, met.target[asked],
         replay.ring, replay.prev, replay.newest, services["head"], offers["next"], offers["target"], offers["weight"],
         services["total"], services["fresh"], everybody.anywhere, everybody.shared, towers,
         view.peers[1 : hosts + 1].numpy(), stranger, popularity.fresh_share, trust, answers, candidate, density, copies,
@@ -128,6 +130,38 @@ def answer(
     for column, values in ((TAIL, met.tail), (LOG_GRAPH, met.log_graph), (LOG_POPULAR, met.log_popular)):
         values[asked] = answers[:, column]
     return Candidates(candidate[:used], copies[:used], density[:used])
+
+
+@numba.njit(cache=True, nogil=True)
+def _group(keys, group, example):  # type: ignore[no-untyped-def]
+    """Number equal `keys` u64[n] in order of appearance: group i32[n], example i64[g] the first of each. Returns g."""
+    size = 2
+    while size < 2 * len(keys):
+        size *= 2
+    table, count = np.full(size, -1, np.int32), 0
+    for i in range(len(keys)):
+        at = np.int64(keys[i] & np.uint64(size - 1))
+        while table[at] >= 0 and keys[example[table[at]]] != keys[i]:
+            at = (at + 1) & (size - 1)
+        if table[at] < 0:
+            table[at], example[count] = count, i
+            count += 1
+        group[i] = table[at]
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _deal(asked, group, rank, begin, order):  # type: ignore[no-untyped-def]
+    """Order `asked` i64[q] stably by the rank of its group; begin i64[r + 1] (zeros) says where each rank begins."""
+    for i in range(len(asked)):
+        begin[rank[group[asked[i]]] + 1] += 1
+    for r in range(1, len(begin)):
+        begin[r] += begin[r - 1]
+    at = begin[:-1].copy()
+    for i in range(len(asked)):
+        r = rank[group[asked[i]]]
+        order[at[r]] = asked[i]
+        at[r] += 1
 
 
 def _choose(met: Answers, example: Int64, service: Int32, totals: Float32, most: int, per_source: int) -> Int64:
@@ -153,20 +187,26 @@ def _choose(met: Answers, example: Int64, service: Int32, totals: Float32, most:
 
 def _thin(met: Answers, asked: Int64, group: Int32) -> Int64:
     """A bounded part of the meetings `asked`, by hash: about `_TARGETS` of a (source, service), `_MEETINGS` of all."""
+    if len(asked) <= _TARGETS:
+        return asked
     count = np.bincount(group[asked])
     share = np.minimum(1.0, _TARGETS / np.maximum(count, 1))
     left = float((count * share).sum())
-    if len(asked) <= min(_TARGETS, left):
-        return asked
     share *= min(1.0, _MEETINGS / left)
     chance = keys_of(met.service[asked], met.target_hash[asked]) * 2.0**-64
     thinned: Int64 = asked[chance < share[group[asked]]]
     return thinned
 
 
+@lru_cache(maxsize=4)
+def _uniform(count: int, seed: int) -> Float64:
+    """`count` random numbers from 0 to 1."""
+    return np.random.default_rng(seed).random(count)
+
+
 def draw(chance: Float32, count: int, seed: int) -> Int32:
     """`count` host slots with replacement, in proportion to chance f32[h]."""
     total = np.cumsum(chance, dtype=np.float64)
-    at = (np.random.default_rng(seed).random(count)) * total[-1]
+    at = _uniform(count, seed) * total[-1]
     slots: Int32 = np.minimum(np.searchsorted(total, at, side="right"), len(chance) - 1).astype(np.int32)
     return slots
