@@ -20,7 +20,6 @@ from flowsage.models.history_scores import NAMES
 from flowsage.pipelines.findings import SEVERITIES, to_json
 from flowsage.pipelines.readable import finding_lines
 
-
 _SCORES = ("flow_score", "beacon_score")
 _SHARES = ("first_meeting_tail", *NAMES, "history")
 """Columns of a `ScoreTable`, f64 and f32."""
