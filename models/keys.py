@@ -132,7 +132,7 @@ class KeyTable:
     @property
     def room(self) -> int:
         """Keys for which there is room without growing."""
-        return self.entries.shape[0] * 7 // 10 - self._count
+        return int(self.entries.shape[0]) * 7 // 10 - self._count
 
     @property
     def nbytes(self) -> int:
