@@ -93,7 +93,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def end(process: subprocess.Popen[str], seconds: float = 30) -> dict[str, Any]:
+def end(process: subprocess.Popen[str], seconds: float = 120) -> dict[str, Any]:
     """SIGTERM; its last ledger."""
     process.terminate()
     out, err = process.communicate(timeout=seconds)

@@ -114,7 +114,7 @@ def test_times_are_unix_times_of_the_packets(cable):
 
 def test_flows_that_time_out_arrive_while_it_runs_and_the_watermark_follows(cable):
     sink = Keep()
-    agent = Agent(settings(cable, idle_timeout=100 * MS, active_timeout=300 * MS, half_open_timeout=0), sink)
+    agent = Agent(settings(cable, idle_timeout=500 * MS, active_timeout=900 * MS, half_open_timeout=0), sink)
     agent.start()
     began = time.time_ns()
     sent = 0
@@ -298,14 +298,15 @@ def test_a_quiet_wire_sends_heartbeats_at_the_rate_that_is_set_while_the_sink_wa
         Agent(settings(cable, heartbeat_interval=interval, active_timeout=MS, replace=True), sink)
         for interval, sink in zip((50 * MS, 50 * MS, 3_600_000 * MS), sinks, strict=True)
     ]
-    for agent, least, most in zip(agents, (3, 0, 0), (1000, 0, 1), strict=True):
+    for agent, least, most in zip(agents, (3, 0, 0), (6000, 0, 1), strict=True):
         sink = agent.sink
         agent.open()
-        until = time.monotonic() + 0.4
-        while time.monotonic() < until:
+        began = time.monotonic()
+        while len(sink.batches) < least or time.monotonic() < began + 0.4:
+            assert time.monotonic() < began + 60
             agent.step()
             time.sleep(0.01)
-        assert least <= len(sink.batches) <= most
+        assert len(sink.batches) <= most
         assert all(watermark > 0 for watermark in sink.watermarks)
         agent.close()
         assert len(sink.batches) - least >= 1, "the last word is a watermark too"
@@ -316,7 +317,7 @@ def test_published_records_are_those_of_the_ledger(cable):
     agent = Agent(settings(cable, idle_timeout=50 * MS), Publisher(log, sensor="test"))
     agent.start()
     sent = cable.send(*(udp("10.0.0.1", "10.0.0.2", i) for i in range(1, 300)))
-    time.sleep(0.3)
+    eventually(lambda: agent.snapshot().records_acknowledged > 0)
     agent.stop()
     final = agent.join()
     tables = [deserialise(r.value) for r in log.consumer("c", FLOWS_TOPIC).poll(1000)]

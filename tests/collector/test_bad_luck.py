@@ -37,7 +37,7 @@ def pins() -> Iterator[Path]:
 
 def refusal(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and the one sentence."""
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert len(err.splitlines()) == 1, err
     return process.returncode, err
 
@@ -173,7 +173,7 @@ def test_sigterm_in_the_middle_of_a_drain_finishes_it(cable, pins, tmp_path):
     blast = start_blast(cable, flows=20_000, packets=60_000, rate=30_000)
     eventually(lambda: list(tmp_path.glob(".*.arrows")))
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     blast.communicate()
     counted = int(re.search(r"([\d,]+) packets seen", err)[1].replace(",", ""))
@@ -211,7 +211,7 @@ def flowsage(*words: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=120,
     )
 
 

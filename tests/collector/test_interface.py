@@ -85,7 +85,7 @@ def test_another_namespace_is_entered_by_one_thread_and_left_again(cable):
     entered, seen = threading.Event(), []
 
     def look() -> None:
-        entered.wait(10)
+        entered.wait(60)
         seen.append(os.readlink("/proc/thread-self/ns/net"))
 
     other = threading.Thread(target=look)

@@ -53,7 +53,7 @@ def test_collect_has_no_capability_once_it_is_attached_and_counts_drains_and_att
     assert "watching" in process.stderr.readline()
     sent += cable.send(*(udp("10.0.0.3", "10.0.0.2", i) for i in range(1, 51)))
     process.terminate()
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert f"{sent} packets seen, {sent} in " in said
     assert "the ledger closes" in said
@@ -107,7 +107,7 @@ def test_a_directory_that_only_privilege_could_write_is_named_and_nothing_stays(
         capture_output=True,
         text=True,
         check=False,
-        timeout=20,
+        timeout=120,
     )
     assert done.returncode == 2
     assert "once privileges are given up: make it root's, or keep them (--keep-privileges)" in done.stderr

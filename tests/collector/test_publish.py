@@ -289,7 +289,7 @@ def test_the_sink_knows_the_last_batch_of_a_boot_that_it_took_in_any_process(tmp
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert condition()

@@ -87,22 +87,22 @@ def test_killed_again_and_again_under_load_every_packet_is_in_exactly_one_record
     watching = settings(cable, pins)
     flows, each = 5_000, 60
     process = ready(start(watching, tmp_path))
-    blast = start_blast(cable, flows=flows, packets=flows * each, rate=30_000)
-    kills = 0
-    while blast.poll() is None:
-        time.sleep(seed.uniform(0.05, 0.6))
-        kill(process)
-        kills += 1
-        process = ready(start(watching, tmp_path, rotate_bytes=4 << 20))
-    assert blast.stdout
-    sent = int(blast.stdout.read())
-    blast.stdout.close()
+    kills = blasts = sent = 0
+    # How often it is killed during one depends on how fast a process starts here.
+    while kills < 5:
+        blast = start_blast(cable, flows=flows, packets=flows * each, rate=30_000)
+        blasts += 1
+        while blast.poll() is None:
+            time.sleep(seed.uniform(0.05, 0.6))
+            kill(process)
+            kills += 1
+            process = ready(start(watching, tmp_path, rotate_bytes=4 << 20))
+        sent += int(blast.communicate()[0])
     ledger = end(process)
-    assert kills >= 5
-    assert sent == flows * each == ledger["packets"] == ledger["delivered"]["packets"]
+    assert sent == blasts * flows * each == ledger["packets"] == ledger["delivered"]["packets"]
     told = packets_of_flows(written(tmp_path))
     assert len(told) == flows
-    assert set(told.values()) == {each}, "none lost, none twice"
+    assert set(told.values()) == {blasts * each}, "none lost, none twice"
     assert objects_of(pins) == set()
     assert not attached(cable)
 
@@ -117,8 +117,8 @@ def test_killed_at_the_worst_places_it_goes_on_exactly_there(cable, pins, tmp_pa
         time.sleep(0.02)
         if "removed" in where and sent > 200 and process.poll() is None:
             process.terminate()
-            process.wait(20)
-        assert time.monotonic() - began < 20
+            process.wait(60)
+        assert time.monotonic() - began < 120
     assert process.returncode == -9
     process.communicate()
     sent += cable.send(*(udp("10.0.0.7", "10.0.0.2", i) for i in range(1, 50)))
@@ -165,6 +165,14 @@ def running(cable: Wire) -> int:
     return there[1]
 
 
+def arrived(cable: Wire) -> int:
+    """Packets that the watched end has received."""
+    with in_namespace(cable.near):
+        lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
+    (line,) = (line for line in lines if line.strip().startswith(f"{cable.port}:"))
+    return int(line.partition(":")[2].split()[1])
+
+
 def test_changed_settings_are_a_new_program_with_the_same_table(cable, pins, tmp_path):
     patient = settings(cable, pins, idle_timeout=60_000 * MS)
     kill(ready(start(patient, tmp_path)))
@@ -192,21 +200,22 @@ def test_another_layout_flushes_the_old_table_and_counts_on_and_can_be_killed_at
     kill(ready(start(old, tmp_path)))
     before = running(cable)
     blast = start_blast(cable, flows=4000, packets=40_000, rate=20_000)
-    time.sleep(0.4)
+    eventually(lambda: arrived(cable) >= 4000)
     if where:
         process = start(new, tmp_path, death=(where, 1))
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
         assert process.returncode == -9
     process = ready(start(new, tmp_path))
     assert running(cable) != before
-    assert blast.stdout
     sent = int(blast.communicate()[0])
+    # Whether or not the first had ended by then, each flow goes on under the new program.
+    sent += int(start_blast(cable, flows=4000, packets=4000, rate=20_000).communicate()[0])
     ledger = end(process)
     table = written(tmp_path)
     told = packets_of_flows(table)
     assert sent == ledger["packets"] == sum(told.values())
-    assert set(told.values()) == {10}
-    assert len(table) > 4000, "the old table was flushed"
+    assert set(told.values()) == {11}
+    assert len(table) >= 8000, "the old table was flushed"
     assert objects_of(pins) == set()
 
 
@@ -228,7 +237,7 @@ def test_a_second_collector_of_the_same_sensor_or_interface_refuses(cable, pins,
         (settings(cable, pins, name="second"), "already runs XDP program"),
     ):
         second = start(other, tmp_path / "second")
-        _, err = second.communicate(timeout=20)
+        _, err = second.communicate(timeout=120)
         assert (second.returncode, why in err, len(err.splitlines())) == (1, True, 1), err
     sent = cable.send(udp("10.0.0.1", "10.0.0.2"))
     assert end(process)["packets"] == sent

@@ -129,8 +129,8 @@ def test_the_reader_is_woken_past_the_threshold_only() -> None:
         assert program.ring.wait(0.2)  # not woken, but something is there
         program.ring.drain()
         fill(program, 150)
-        assert program.ring.wait(5)
-        assert time.monotonic() - before < 4
+        assert program.ring.wait(60)
+        assert time.monotonic() - before < 30
 
 
 def test_a_size_that_is_not_a_power_of_two_pages_is_refused() -> None:

@@ -27,7 +27,7 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
-def eventually(what: Callable[[], object], seconds: float = 10.0) -> None:
+def eventually(what: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait until `what` is true; fail where it never is."""
     deadline = time.monotonic() + seconds
     while not what():

@@ -86,6 +86,17 @@ def flows_of(packets: list[Packet]) -> pa.Table:
     return pa.Table.from_pylist(list(first.values()))
 
 
+def port_packets(lab: Lab) -> int:
+    """Packets that have entered the bridge through the hosts' ports, by the kernel's count."""
+    with in_namespace(lab.netns):
+        lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
+    counts = {}
+    for line in lines[2:]:
+        name, _, rest = line.partition(":")
+        counts[name.strip()] = int(rest.split()[1])
+    return sum(counts[interface] for interface in lab.interfaces)
+
+
 class Played:
     """One run of the lab in which all misbehave at once, recorded; what was seen, for many tests."""
 
@@ -96,13 +107,12 @@ class Played:
         began = time.monotonic()
         with Lab(settings, on_attack=lambda truth: self.told.append((truth.attack, truth.status))) as lab:
             self.lab = lab
-            self.start_s = time.monotonic() - began
-            until(lambda: self.port_packets() > 0, 5)
+            until(lambda: port_packets(lab) > 0, 60)
             self.first_packet_s = time.monotonic() - began
             self.processes = dict(lab.processes)
             self.namespace_count = len(namespaces("fslbt"))
             with lab.record(self.capture) as recording:
-                before = self.port_packets()
+                before = port_packets(lab)
                 began_cpu, began_at = self.cpu_s(), time.monotonic()
                 time.sleep(8)
                 self.quiet_cpu = (self.cpu_s() - began_cpu) / (time.monotonic() - began_at)
@@ -118,12 +128,12 @@ class Played:
                 slow = next(truth for truth in begun if truth.attack == "slow-scan")
                 for truth in begun:
                     if truth is not slow:
-                        lab.wait_attack(truth, 30)
+                        lab.wait_attack(truth, 120)
                 self.live = {truth.attack: truth for truth in lab.truths()}
                 lab.stop_attack(slow)
-                lab.wait_attack(slow, 5)
+                lab.wait_attack(slow, 60)
                 self.counters = lab.counters()
-                self.recorded_ports = self.port_packets() - before
+                self.recorded_ports = port_packets(lab) - before
             self.recorded = recording.stop()
             self.lost_hosts = list(lab.lost_hosts)
         self.remains = remains("fslbt")
@@ -131,16 +141,6 @@ class Played:
         self.truths = {truth.attack: truth for truth in lab.truths()}
         self.truth_lines = lab.truth_path.read_text().splitlines()
         self.packets = packets_of(self.capture)
-
-    def port_packets(self) -> int:
-        """Packets that have entered the bridge through the hosts' ports, by the kernel's count."""
-        with in_namespace(self.lab.netns):
-            lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
-        counts = {}
-        for line in lines[2:]:
-            name, _, rest = line.partition(":")
-            counts[name.strip()] = int(rest.split()[1])
-        return sum(counts[interface] for interface in self.lab.interfaces)
 
     def cpu_s(self) -> float:
         """CPU time of all hosts so far, seconds."""

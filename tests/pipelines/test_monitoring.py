@@ -309,9 +309,9 @@ def test_the_public_names_are_these_and_importing_them_brings_no_torch() -> None
     assert all(getattr(flowsage.pipelines, name) for name in flowsage.pipelines.__all__)
     assert not hasattr(flowsage.pipelines, "create_everything")
     code = (
-        "import sys, time; t = time.perf_counter()\n"
+        "import sys, time; t = time.process_time()\n"
         "import flowsage.pipelines\n"
-        "print(time.perf_counter() - t < 0.1)\n"
+        "print(time.process_time() - t < 0.1)\n"
         "from flowsage.pipelines import create_ebpf_monitoring\n"
         "print('torch' in sys.modules, 'numba' in sys.modules)"
     )

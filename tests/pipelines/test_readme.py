@@ -87,13 +87,13 @@ class Command:
             self.said.append(line)
 
     def wait(self, text: str) -> None:
-        eventually(lambda: text in "".join(self.said) or self._process.poll() is not None, 60)
+        eventually(lambda: text in "".join(self.said) or self._process.poll() is not None, 240)
         assert text in "".join(self.said), "".join(self.said)
 
     def stop(self) -> str:
         """SIGTERM; it must end well."""
         self._process.terminate()
-        assert self._process.wait(60) == 0, "".join(self.said)
+        assert self._process.wait(240) == 0, "".join(self.said)
         self._reader.join()
         return "".join(self.said)
 
@@ -141,6 +141,6 @@ def test_the_set_up_of_two_machines_works_as_pasted(broker: Broker, port: str, t
                 wire.send(frame)
         scorer.wait("metrics")
         assert "the ledger closes" in sensor.stop()
-        eventually(lambda: fetch("127.0.0.1", metrics).get("flowsage_flows_consumed_total", {}).get("", 0) >= 50, 60)
+        eventually(lambda: fetch("127.0.0.1", metrics).get("flowsage_flows_consumed_total", {}).get("", 0) >= 50, 240)
         scorer.stop()
         watcher.stop()

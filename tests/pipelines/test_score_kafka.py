@@ -75,12 +75,12 @@ def values(broker: Broker, topic: str) -> list[bytes | None]:
 
 def score_to_the_end(scoring: Scoring, log: KafkaLog, prefix: str) -> None:
     """Until everything that is in the topic is scored and committed."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         scoring.turn(0.2)
         if out_until(log, prefix) >= log.end_offsets(flows_topic(prefix))[0]:
             return
-    raise AssertionError(f"not scored within 60 s: {scoring.snapshot()}")
+    raise AssertionError(f"not scored within 240 s: {scoring.snapshot()}")
 
 
 def out_until(log: KafkaLog, prefix: str) -> int:
@@ -135,7 +135,7 @@ class Process:
         for line in self._process.stderr:
             self.said.append(line.rstrip())
 
-    def wait(self, until: Callable[[], bool], seconds: float = 30.0, pause_s: float = 0.005) -> None:
+    def wait(self, until: Callable[[], bool], seconds: float = 120.0, pause_s: float = 0.005) -> None:
         """Until something is so; fails where the process ends or it takes too long."""
         deadline = time.monotonic() + seconds
         while not until():
@@ -149,6 +149,17 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def stopped_if(self, condition: Callable[[], bool]) -> bool:
+        """Hold the process where it is if something is so, and still is when it has come to a halt."""
+        if not condition():
+            return False
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if condition():
+            return True
+        self._process.send_signal(signal.SIGCONT)
+        return False
+
     def kill(self) -> None:
         """kill -9."""
         self._process.kill()
@@ -158,7 +169,7 @@ class Process:
     def stop(self) -> int:
         """As the operator does; returns its exit code."""
         self._process.terminate()
-        return self._process.wait(30)
+        return self._process.wait(120)
 
 
 def names(folder: Path) -> set[str]:
@@ -193,7 +204,13 @@ def test_a_scorer_that_is_killed_twenty_times_leaves_the_findings_of_one_that_is
         if moment == "written":
             process.wait(lambda before=before: any(n.endswith(".json") for n in names(snapshots) - before))  # type: ignore[misc]
         if moment == "writing":
-            process.wait(lambda before=before: bool(unfinished(snapshots) - before), pause_s=0.0)  # type: ignore[misc]
+            until = time.monotonic() + 10
+            process.wait(
+                lambda process=process, before=before, until=until: (  # type: ignore[misc]
+                    process.stopped_if(lambda: bool(unfinished(snapshots) - before)) or time.monotonic() > until
+                ),
+                pause_s=0.0,
+            )
         else:
             time.sleep(rng.uniform(0.0, 0.4))
         process.kill()
@@ -246,7 +263,7 @@ def test_a_second_scorer_joins_and_leaves_and_nothing_is_found_twice_or_not_at_a
     begin_ns = (time.time_ns() // 10**9 - 200) * 10**9
     sites = [stream(seed=n, sensors=(name,), begin_ns=begin_ns) for n, name in enumerate(("east", "west"))]
     expected: dict[bytes | None, list[bytes | None]] = {}
-    config = configuration(broker, "rebalanced", score={"snapshot_interval": "5s"})
+    config = configuration(broker, "rebalanced", score={"snapshot_interval": "5s", "session_timeout": "15s"})
     make_topics(config.kafka, partitions=2)
     # One topic with a partition a site: keys that land on different ones.
     logs = [KafkaLog(config.kafka) for _ in range(3)]
@@ -313,7 +330,7 @@ def site_keys(log: KafkaLog, topic: str) -> list[bytes]:
     raise AssertionError("one partition only")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -400,7 +417,7 @@ def test_sensors_with_clocks_an_hour_off_change_nothing_for_the_one_that_is_righ
 
 def flowsage(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flowsage.pipelines.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_watch_shows_a_line_a_finding_and_a_program_gets_objects(
@@ -449,7 +466,7 @@ def test_a_subscription_waits_for_what_comes_and_ends_when_it_is_closed(
     log.append(topic, b"x", old)
     wait_for(lambda: len(seen) == 1)
     subscription.close()
-    thread.join(10)
+    thread.join(120)
     assert not thread.is_alive()
     assert subscription.skipped == 1
 
