@@ -19,7 +19,7 @@ _LINE = 64
 _SMALL = 1 << 16
 _FEW = 1 << 12
 """Bytes, and numbers of whatever type, that are not worth the search for a buffer."""
-_LIMIT = 3 << 29
+_LIMIT = 1 << 29
 """Buffers of at most so many bytes in all are remembered."""
 
 _lock = threading.Lock()

@@ -20,9 +20,7 @@ from flowsage.models.key_levels import (
     ES_FLOWS,
     ES_M2,
     ES_MEAN,
-    ES_REGULAR,
-    ES_TOP,
-    ES_Z,
+    ES_STATE,
     O_REGULAR,
     O_SOURCES,
     SVC_PAIRS,
@@ -53,9 +51,6 @@ _STUDENT = np.array(
     ]
 )
 """ln of the Student-t density's normalising constant with 2 + c degrees of freedom."""
-
-LLR_, BEAT_, SOURCES_, REGULAR_, PAIRS_, SPREAD_ = range(6)
-"""Rows of what `beat` says a contact, as of its window's end."""
 
 
 @numba.njit(cache=True, nogil=True)
@@ -105,14 +100,13 @@ def beat(  # type: ignore[no-untyped-def]
     llr,
     z_out,
     zc_out,
-    said,
 ):
-    """LLR, Z and Zc of each directed flow [n·ways] (given as zeros); of each contact what holds at its window's end.
+    """LLR, Z and Zc of each directed flow [n·ways] (given as zeros).
 
     Z = min(150, max(0, LLR − 8 − 2 ln sources(o)))/10 · (1 − other regular sources of o/sources)
     · (1 − other regular pairs of svc/(pairs + 1))/(1 + 2 sd ln(1+bytes_fwd) of es);
     Zc = −ln((other pairs whose largest Z is at least as large + 1)/(pairs + 1)), by quarters (`tops` i64[65]: how many
-    pairs have each largest Z, and how many pairs there are). said f8[6, c]: see `LLR_` and so on.
+    pairs have each largest Z, and how many pairs there are).
     """
     ways = run.ways
     for w in range(len(run.windows)):
@@ -144,7 +138,9 @@ def beat(  # type: ignore[no-untyped-def]
                 level = pairs[p, E_LLR]
                 n = keys[k, ES_FLOWS] + 1.0
                 o = s = 0
-                if n == 1.0 or level > _FLOOR or keys[k, ES_REGULAR] != 0.0:
+                state = int(keys[k, ES_STATE])
+                top, regular = state >> 1, state & 1
+                if n == 1.0 or level > _FLOOR or regular:
                     o = o_slot[v]
                     s = svc_slot[v]
                 if n == 1.0:
@@ -152,12 +148,12 @@ def beat(  # type: ignore[no-untyped-def]
                     offered[o, O_SOURCES] += 1.0
                     tops[_LAST + 1] += 1
                     tops[0] += 1
-                if level > _ABOVE and keys[k, ES_REGULAR] == 0.0:
-                    keys[k, ES_REGULAR] = 1.0
+                if level > _ABOVE and not regular:
+                    regular = 1
                     services[s, SVC_REGULAR] += 1.0
                     offered[o, O_REGULAR] += 1.0
-                elif level <= _BELOW and keys[k, ES_REGULAR] != 0.0:
-                    keys[k, ES_REGULAR] = 0.0
+                elif level <= _BELOW and regular:
+                    regular = 0
                     services[s, SVC_REGULAR] -= 1.0
                     offered[o, O_REGULAR] -= 1.0
                 keys[k, ES_FLOWS] = n
@@ -167,41 +163,27 @@ def beat(  # type: ignore[no-untyped-def]
                 keys[k, ES_M2] += off * (size - keys[k, ES_MEAN])
                 if n > _MEMORY:
                     keys[k, ES_M2] *= _MEMORY / (_MEMORY + 1.0)
-                keys[k, ES_Z] = 0.0
+                keys[k, ES_STATE] = 2 * top + regular
                 if level <= 0.0:
                     continue
                 llr[i * ways + way] = level
                 if level <= _FLOOR:
                     continue
                 z = min(_TOP, max(0.0, level - _FLOOR - 2.0 * math.log(offered[o, O_SOURCES]))) / 10.0
-                z *= 1.0 - (offered[o, O_REGULAR] - keys[k, ES_REGULAR]) / offered[o, O_SOURCES]
-                z *= 1.0 - (services[s, SVC_REGULAR] - keys[k, ES_REGULAR]) / (services[s, SVC_PAIRS] + 1.0)
+                z *= 1.0 - (offered[o, O_REGULAR] - regular) / offered[o, O_SOURCES]
+                z *= 1.0 - (services[s, SVC_REGULAR] - regular) / (services[s, SVC_PAIRS] + 1.0)
                 z /= 1.0 + 2.0 * math.sqrt(keys[k, ES_M2] / short)
-                keys[k, ES_Z] = z
                 bucket = min(_LAST, int(4.0 * z))
-                if bucket > keys[k, ES_TOP]:
-                    tops[int(keys[k, ES_TOP])] -= 1
+                if bucket > top:
+                    tops[top] -= 1
                     tops[bucket] += 1
-                    keys[k, ES_TOP] = bucket
+                    top = bucket
+                    keys[k, ES_STATE] = 2 * top + regular
                 if z > 0.0:
                     z_out[i * ways + way] = z
                     others = 0
                     for x in range(max(bucket, 1), _LAST + 1):
                         others += tops[x]
-                    if keys[k, ES_TOP] >= bucket:
+                    if top >= bucket:
                         others -= 1
                     zc_out[i * ways + way] = -math.log((max(others, 0) + 1.0) / (tops[_LAST + 1] + 1.0))
-        last = run.offsets[w + 1] - 1
-        for c in range(run.offsets[w], last + 1):
-            soon = min(c + AHEAD, last) * ways
-            prefetch(pairs, e_slot[soon])
-            prefetch(keys, es_slot[soon])
-            prefetch(offered, o_slot[soon])
-            v = c * ways
-            k = es_slot[v]
-            said[LLR_, c] = pairs[e_slot[v], E_LLR]
-            said[BEAT_, c] = keys[k, ES_Z]
-            said[SOURCES_, c] = offered[o_slot[v], O_SOURCES]
-            said[REGULAR_, c] = services[svc_slot[v], SVC_REGULAR]
-            said[PAIRS_, c] = services[svc_slot[v], SVC_PAIRS]
-            said[SPREAD_, c] = math.sqrt(max(keys[k, ES_M2], 0.0) / min(max(keys[k, ES_FLOWS], 1.0), _MEMORY))

@@ -15,7 +15,6 @@ from flowsage.graph.prefetch import prefetch
 from flowsage.models.key_levels import (
     ES_ALL,
     ES_ANSWERED,
-    ES_FIRST,
     ES_KEPT,
     O_ANSWERED,
     O_NEW,
@@ -49,8 +48,6 @@ _PORT = (1 << SERVICE_BITS) - 1
 TERMS = ("B_s", "B_ss", "K_ss", "B_svc", "F_s", "F_ss", "C_ss", "P_ss", "C_es", "C_e", "dc", "D")
 """Rows of `terms`; the first three without the cap."""
 B_S, B_SS, K_SS, B_SVC, F_S, F_SS, C_SS, P_SS, C_ES, C_E, DC, D = range(len(TERMS))
-KNOWN, PAIR_KNOWN, SERVICE_KNOWN, SOURCE_KNOWN, FIRST = range(5)
-"""Rows of `marks`: earlier windows of es, e, ss, s; windows seen before es was first seen."""
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -108,20 +105,20 @@ class Scratch(NamedTuple):
 
         return cls(
             room(s, 8), room(s, 4), room(svc, 4), room(ss, 8), memory.empty((ss, 2), np.int32),
-            room(e, 2), memory.empty((es, 2), np.int32), room(es, 5), room(o, 4),
+            room(e, 2), memory.empty((es, 2), np.int32), room(es, 4), room(o, 4),
         )  # fmt: skip
 
 
 @numba.njit(cache=True, nogil=True)
 def familiarity(  # type: ignore[no-untyped-def]
-    run, seen, rows, counts, scratch, pool, ranks, svc_ranks, terms, marks
+    run, seen, rows, counts, scratch, pool, ranks, svc_ranks, terms, before
 ):
     """Terms of each directed contact v, and the counts after each window.
 
     rows, counts: `Rows` and `count` of the six levels. seen: windows in which anything was seen before this chunk (E of
     its first). pool f8[3]: sum of x over all rows of s so far, and their number; services so far. ranks i64[64],
-    svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. Out: terms f8[12, v] (`TERMS`), marks
-    f8[5, c] (forward way).
+    svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. Out: terms f8[12, v] (`TERMS`),
+    before f8[c]: earlier windows of es (forward way).
 
     With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
     B_s, B_ss    `active`, n kept windows of s, ss
@@ -190,14 +187,12 @@ def familiarity(  # type: ignore[no-untyped-def]
             if es_n[r, 3] == 0.0:
                 es_n[r, 0] = 1.0
                 ss_n[ss, 4] += 1.0
-                es_count[slot, ES_FIRST] = now
             if es_n[r, 2] > 0.0:
                 o_n[o, 0] += 1.0
                 if es_count[slot, ES_ANSWERED] == 0.0:
                     o_n[o, 1] += 1.0
                 es_count[slot, ES_ANSWERED] += 1.0
             es_count[slot, ES_KEPT] += es_n[r, 1]
-            es_n[r, 4] = es_count[slot, ES_FIRST]
         for r in range(n_e):
             prefetch(e_count, e_rows.row_slot[e0 + min(r + AHEAD, n_e - 1)])
             s, slot = int(e_n[r, 1]), e_rows.row_slot[e0 + r]
@@ -331,8 +326,4 @@ def familiarity(  # type: ignore[no-untyped-def]
             terms[DC, v] = es_n[es, 1] if ports else 0.0
             terms[D, v] = o_n[o_rows.row[v], 2]
             if v == c * ways:
-                marks[KNOWN, c] = es_n[es, 3]
-                marks[PAIR_KNOWN, c] = e_n[e_rows.row[v], 0]
-                marks[SERVICE_KNOWN, c] = ss_n[ss, 6]
-                marks[SOURCE_KNOWN, c] = s_t[s, 3]
-                marks[FIRST, c] = es_n[es, 4]
+                before[c] = es_n[es, 3]

@@ -7,7 +7,7 @@ is keyed by 64-bit hashes in six bounded tables (`key_levels`), read and updated
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from flowsage.graph import memory
 from flowsage.graph.build import Contacts
 from flowsage.graph.flows import FlowBatch
 from flowsage.models.beat import beat
-from flowsage.models.familiarity import C_ES, C_SS, DC, TERMS, D, Scratch, familiarity
+from flowsage.models.familiarity import TERMS, Scratch, familiarity
 from flowsage.models.history_scores import ContactTerms, Float64, HistoryScores, Outputs, Parts
 from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S, assign_together
 from flowsage.models.keys import NEVER, Int32, Int64
@@ -37,8 +37,6 @@ _THREADED = 1 << 14
 """Flows from which a second thread pays."""
 _SMALL = 1 << 10
 """Rows of a chunk for which scratch is kept."""
-_SHARED = (D, C_SS, C_ES, DC)
-"""Terms that are fields of contacts as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +112,12 @@ class History:
                 out.keep(part, of_c, ways)
             self.windows += end - begin
             self.last_window = int(contacts.windows[end - 1])
-            self._evict(out.slots[: of_c.stop])
+            self._evict()
             begin = end
         host, window, score = hosts[0] if len(hosts) == 1 else _joined(hosts)
         capped = flows.answered & flows.told
         return HistoryScores(
-            **_fields((*out.marks[:4], *(out.terms[k, ::ways] for k in _SHARED), *out.said, out.marks[4]), out.slots),
+            known=out.known,
             flow_score=out.flow_score,
             beacon_score=out.beacon_score,
             host=host,
@@ -144,7 +142,7 @@ class History:
             counts, scratch = tuple(level["count"] for level in levels), self._room([int(r.start[-1]) for r in rows])
             familiarity(
                 run, self.windows, tuple(rows), counts, scratch, self._pool, self._ranks, levels[SVC]["rank"],
-                out.terms, out.marks,
+                out.terms, out.known,
             )  # fmt: skip
 
         def beats() -> None:
@@ -152,7 +150,7 @@ class History:
                 run, _frozen(flows.start_ns), _frozen(flows.bytes_fwd),
                 rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot,
                 levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
-                out.llr, out.z, out.zc, out.said,
+                out.llr, out.z, out.zc,
             )  # fmt: skip
 
         size = len(run.src) * run.ways + len(flows)
@@ -163,7 +161,6 @@ class History:
             self._together(size, *(partial(assign, level) for level in (ES, E, SS, O, S, SVC)))
         volumes = ((ES, flows.bytes_fwd, out.v_fwd), (S, flows.bytes_rev, out.v_rev))
         self._together(size, beats, count, *(partial(learn_volume, *each) for each in volumes))
-        out.slots[:] = rows[ES].slot[:: run.ways]
         weights, own = self._weights
         sums = memory.empty((len(run.src) * run.ways, 4), np.float64)
         contact_sums(run.ways, out.terms, weights, sums)
@@ -180,19 +177,17 @@ class History:
     def lookup(self, contacts: Contacts) -> ContactTerms:
         """What is known of contacts now, as of the last window learnt; nothing is learnt from them."""
         c, lv = len(contacts), self.levels
-        numbers, slots = np.empty((len(FIELDS), c)), np.empty(c, np.int32)
+        numbers = np.empty((len(FIELDS), c))
         columns = tuple(_frozen(a) for a in (contacts.src, contacts.dst, contacts.service, contacts.hosts.hash))
 
         def part(begin: int, end: int) -> Callable[[], None]:
             return lambda: recall(  # type: ignore[call-arg]
-                *columns, 1 + self.config.undirected, self.windows,
-                tuple(level.table.entries for level in lv), lv[S]["count"], lv[SVC]["beat"], lv[SVC]["rank"],
-                lv[SS]["count"], lv[E]["count"], lv[E]["beat"], lv[ES]["count"], lv[ES]["beat"], lv[O]["count"],
-                lv[O]["beat"], self._ranks, numbers, slots, begin, end,
+                *columns, tuple(level.table.entries for level in lv), lv[S]["count"], lv[SS]["count"], lv[E]["count"],
+                lv[ES]["count"], lv[O]["beat"], numbers, begin, end,
             )  # fmt: skip
 
         self._together(c, part(0, c // 2), part(c // 2, c))
-        return ContactTerms(**_fields(numbers, slots))
+        return ContactTerms(*numbers)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything learnt, as arrays by name: `restore` continues from it bit for bit."""
@@ -265,13 +260,11 @@ class History:
         work()
         other.result()
 
-    def _evict(self, slots: Int32) -> None:
+    def _evict(self) -> None:
         limit = self.config.max_keys
         for level in self.levels:
             if len(level.table) > limit:
-                remap = level.evict(limit - limit // 8)
-                if remap is not None and level.level == ES:
-                    slots[:] = np.where(slots >= 0, remap[slots], -1)
+                level.evict(limit - limit // 8)
 
 
 _NO_ROWS = Rows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
@@ -314,11 +307,3 @@ def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _fields(numbers: Iterable[Float64], slots: Int32) -> dict[str, Any]:
-    """`ContactTerms` by name, of what the kernels say."""
-    columns: dict[str, Any] = dict(zip(FIELDS, numbers, strict=True))
-    columns["day_one"] = columns.pop("first") < CONSTANTS.day_one
-    columns["slot"] = slots
-    return columns

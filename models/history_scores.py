@@ -23,7 +23,7 @@ NAMES = (*TERMS, "V_rev", "V_fwd", "LLR", "Z", "Zc", "T", "fail")
 
 @dataclass(frozen=True)
 class ContactTerms:
-    """Of each of c contacts (undirected: of its own way), f8[c] unless said otherwise, as of the windows before."""
+    """What is known of each of c contacts (undirected: of its own way), f8[c], as of the windows before."""
 
     known: Float64
     """Earlier windows of (source, target, service); 0: a first meeting."""
@@ -31,40 +31,21 @@ class ContactTerms:
     """Earlier windows of (source, target)."""
     service_known: Float64
     """Earlier windows of (source, service)."""
-    source_known: Float64
-    """Earlier windows of the source."""
-    D: Float64
-    """How unusual a new client of (target, service) is, nats."""
     C_ss: Float64
     """How unusual this service is for the source, nats."""
-    C_es: Float64
-    """How unusual a first meeting is for (source, service), nats; 0 where known."""
-    dc: Float64
-    """−ln of the rank of D among earlier first meetings (undirected: the smaller); 0 where known."""
-    llr: Float64
-    """Evidence that the pair's visits are regular, nats; from here on as of the end of the contact's window."""
-    beat: Float64
-    """Z of the last flow."""
     sources: Float64
     """Distinct sources of (target, service) so far."""
-    regular: Float64
-    """Regular pairs of the service now, of `pairs` so far."""
-    pairs: Float64
-    spread: Float64
-    """Standard deviation of ln(1+bytes_fwd) of the contact's flows."""
-    day_one: Bool
-    """First seen within the first 30 windows."""
-    slot: Int32
-    """Slot of (source, target, service) in its table; -1 where never met. Valid until keys are evicted."""
 
     def __len__(self) -> int:
         return len(self.known)
 
 
 @dataclass(frozen=True)
-class HistoryScores(ContactTerms):
+class HistoryScores:
     """Scores of a run: c contacts, n flows in the run's order, k windows of hosts."""
 
+    known: Float64
+    """[c] earlier windows of (source, target, service); 0: a first meeting."""
     flow_score: Float64
     """[n] max(S, 4 (Zc − 4)), nats."""
     beacon_score: Float64
@@ -86,12 +67,8 @@ class HistoryScores(ContactTerms):
 class Outputs(NamedTuple):
     """What the kernels write: of c contacts, n flows; directed ones are `ways` times as many (`key_levels.Run`)."""
 
-    marks: Float64
-    """[5, c] see `familiarity`."""
-    said: Float64
-    """[6, c] see `beat`."""
-    slots: Int32
-    """[c]"""
+    known: Float64
+    """[c] earlier windows."""
     terms: Float64
     """[12, c·ways] `familiarity.TERMS`."""
     v_rev: Float64
@@ -108,26 +85,24 @@ class Outputs(NamedTuple):
     def empty(cls, c: int, n: int, ways: int) -> Outputs:
         """Room for a run. Zeros where only what is not zero gets written; np.zeros where that is rare, so that most of
         it is never touched, and takes no memory."""
-        marks, said, terms = (memory.empty(shape, np.float64) for shape in ((5, c), (6, c), (len(TERMS), c * ways)))
+        known, terms = memory.empty(c, np.float64), memory.empty((len(TERMS), c * ways), np.float64)
         flow_score, beacon_score = (memory.empty(n, np.float64) for _ in range(2))
         v_rev, v_fwd = (memory.zeros(n * ways, np.float64) for _ in range(2))
         llr, z, zc = (np.zeros(n * ways) for _ in range(3))
-        slots = memory.empty(c, np.int32)
-        return cls(marks, said, slots, terms, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
+        return cls(known, terms, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
 
     def part(self, of_c: slice, of_f: slice, ways: int) -> Outputs:
-        """Of some contacts and their flows: views, but for the matrices, which kernels want in one piece (`keep`)."""
+        """Of some contacts and their flows: views, but for the terms, which kernels want in one piece (`keep`)."""
         v, j = (slice(s.start * ways, s.stop * ways) for s in (of_c, of_f))
         return Outputs(
-            _piece(self.marks[:, of_c]), _piece(self.said[:, of_c]), self.slots[of_c], _piece(self.terms[:, v]),
+            self.known[of_c], _piece(self.terms[:, v]),
             self.v_rev[j], self.v_fwd[j], self.llr[j], self.z[j], self.zc[j],
             self.flow_score[of_f], self.beacon_score[of_f],
         )  # fmt: skip
 
     def keep(self, part: Outputs, of_c: slice, ways: int) -> None:
-        """The matrices of a part, back where they belong."""
-        if len(part.slots) < len(self.slots):
-            self.marks[:, of_c], self.said[:, of_c] = part.marks, part.said
+        """The terms of a part, back where they belong."""
+        if len(part.known) < len(self.known):
             self.terms[:, of_c.start * ways : of_c.stop * ways] = part.terms
 
 

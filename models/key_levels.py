@@ -25,14 +25,14 @@ LEVEL_NAMES = ("s", "svc", "ss", "e", "es", "o")
 S_ALL, S_KEPT, S_X, S_SS, S_SS_NEW, S_E, S_E_NEW = range(7)
 SVC_ALL, SVC_X, SVC_ROWS = range(3)
 SS_ALL, SS_KEPT, SS_MET, SS_X, SS_ES, SS_ES_NEW = range(6)
-ES_ALL, ES_KEPT, ES_ANSWERED, ES_FIRST = range(4)
+ES_ALL, ES_KEPT, ES_ANSWERED = range(3)
 O_ANSWERED, O_TOKENS, O_NEW = range(3)
 
 # Columns of `volume` (s and es), `beat` (svc, e, es, o).
 V_WINDOWS, V_MEAN, V_M2 = range(3)
 SVC_PAIRS, SVC_REGULAR = range(2)
 E_MET, E_LAST, E_VISIT, E_GAPS, E_MEAN, E_M2, E_SUM, E_LLR = range(8)
-ES_FLOWS, ES_MEAN, ES_M2, ES_TOP, ES_REGULAR, ES_Z = range(6)
+ES_FLOWS, ES_MEAN, ES_M2, ES_STATE = range(4)  # STATE: twice the bucket of the largest Z, + 1 if regular
 O_SOURCES, O_REGULAR = range(2)
 
 _BATCH = 32
@@ -44,7 +44,7 @@ _COLUMNS: tuple[dict[str, tuple[int, type[np.generic]]], ...] = (
     {"count": (3, np.float64), "beat": (2, np.float64), "rank": (_BUCKETS, np.int32)},
     {"count": (8, np.float64)},
     {"count": (1, np.float32), "beat": (8, np.float64)},
-    {"count": (4, np.float32), "beat": (8, np.float64), "volume": (4, np.float64)},
+    {"count": (4, np.float32), "beat": (4, np.float64), "volume": (4, np.float64)},
     {"count": (4, np.float64), "beat": (2, np.float64)},
 )
 

@@ -22,9 +22,7 @@ def looked(c: Contacts, known: float = 0.0, surprise: float = 0.0) -> ContactTer
     of = np.full(len(c), known)
     zero = np.zeros(len(c))
     return ContactTerms(
-        known=of, pair_known=of, service_known=of, source_known=of, D=zero, C_ss=zero + surprise, C_es=zero, dc=zero,
-        llr=zero, beat=zero, sources=zero + 1, regular=zero, pairs=zero, spread=zero, day_one=zero > 0,
-        slot=np.full(len(c), -1, np.int32),
+        known=of, pair_known=of, service_known=of, C_ss=zero + surprise, sources=zero + 1
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """History: against itself cut in other ways, and against sums done by hand."""
 
 import math
+from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import Any
 
@@ -14,14 +15,13 @@ from scipy.stats import t as student
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch, from_table
 from flowsage.models import history as module
+from flowsage.models.familiarity import C_SS
 from flowsage.models.history import History, HistoryConfig
 from flowsage.models.history_scores import HistoryScores
 from flowsage.models.volume import log_tail
 
 MINUTE = 60_000_000_000
 UNDIRECTED = HistoryConfig(undirected=True)
-ACROSS = ("known", "pair_known", "service_known", "source_known", "D", "C_ss", "C_es", "dc", "day_one")
-AFTER = ("llr", "beat", "sources", "regular", "pairs", "spread")
 
 
 def flow_table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -86,7 +86,7 @@ def in_runs(table: pa.Table, cuts: list[int] | None, config: HistoryConfig | Non
 
 
 def together(parts: list[HistoryScores]) -> dict[str, Any]:
-    names = ("flow_score", "beacon_score", "window", "score", *ACROSS, *AFTER)
+    names = ("flow_score", "beacon_score", "window", "score", "known")
     columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
     return columns | {f"term {k}": np.concatenate([p.terms[k] for p in parts]) for k in parts[0].terms}
 
@@ -148,18 +148,25 @@ def test_a_lookup_says_what_the_next_window_will_be_told_and_learns_nothing(conf
     flows = from_table(traffic(5), undirected=config.undirected)
     run = contacts(flows, MINUTE)
     history = History(config)
+    windows_of: Counter[tuple[int, ...]] = Counter()
+    sources: dict[tuple[int, int], set[int]] = defaultdict(set)
     for k in range(len(run.windows)):
         part, these = windows(flows, run, k, k + 1)
         before = history.state()
         looked = history.lookup(these)
         assert_same(before, history.state())
         scored = history.score(part, these)
-        for name in ACROSS:
-            np.testing.assert_allclose(getattr(looked, name), getattr(scored, name), atol=1e-12, err_msg=name)
-        after = history.lookup(these)
-        for name in (*AFTER, "slot"):
-            np.testing.assert_array_equal(getattr(after, name), getattr(scored, name), err_msg=name)
-        assert np.all(looked.slot[looked.known > 0] == after.slot[looked.known > 0])
+        np.testing.assert_array_equal(looked.known, scored.known)
+        surprise = scored.parts.out.terms[C_SS, :: 1 + config.undirected]
+        np.testing.assert_allclose(looked.C_ss, surprise, atol=1e-12)
+        ways = list(zip(these.src.tolist(), these.dst.tolist(), these.service.tolist(), strict=True))
+        assert looked.pair_known.tolist() == [windows_of[0, s, t] for s, t, _ in ways]
+        assert looked.service_known.tolist() == [windows_of[1, s, svc] for s, _, svc in ways]
+        assert looked.sources.tolist() == [len(sources[t, svc]) for _, t, svc in ways]
+        ways += [(t, s, svc) for s, t, svc in ways] if config.undirected else []
+        windows_of.update({(0, s, t) for s, t, _ in ways} | {(1, s, svc) for s, _, svc in ways})
+        for s, t, svc in ways:
+            sources[t, svc].add(s)
 
 
 def visits(names: list[str], minutes: range, stranger: bool) -> pa.Table:
@@ -197,7 +204,6 @@ def test_who_left_and_comes_back_is_a_first_meeting_again() -> None:
         flows = from_table(table)
         scores = history.score(flows, contacts(flows, MINUTE))
         known.append(scores.known[0])
-        assert np.all((scores.slot >= 0) == (history.lookup(contacts(flows, MINUTE)).slot >= 0))
     assert known == [0, 0, 0]
     assert history.evicted["es"] >= 11
 
