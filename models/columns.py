@@ -16,6 +16,14 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 
+def _room(count: int) -> int:
+    """Rows that are held for `count` slots."""
+    held = 16
+    while held < count:
+        held *= 2
+    return held
+
+
 class Columns:
     """Named arrays [capacity, …], filled with a value of their own where nothing was written.
 
@@ -36,9 +44,7 @@ class Columns:
         """Room for `count` slots."""
         if count <= self._filled:
             return
-        held = len(next(iter(self._arrays.values())))
-        while held < count:
-            held *= 2
+        held = max(len(next(iter(self._arrays.values()))), _room(count))
         for name, (dtype, row, fill) in self._fields.items():
             if held > len(self._arrays[name]):
                 grown = np.empty((held, *row), dtype)
@@ -50,10 +56,14 @@ class Columns:
     def compact(self, remap: Int32) -> None:
         """Keep the slots that `remap` i32[old slots] sends somewhere, in order (as `KeyTable.evict` gives it)."""
         kept = np.flatnonzero(remap >= 0)
+        size = _room(len(kept))
         for name, (_, _, fill) in self._fields.items():
             array = self[name]
-            array[: len(kept)] = array[kept]
-            array[len(kept) :] = fill
+            if size < len(array):  # what was a flood is given back
+                self._arrays[name] = np.empty((size, *array.shape[1:]), array.dtype)
+            self._arrays[name][: len(kept)] = array[kept]
+            self._arrays[name][len(kept) : self._filled] = fill
+        self._filled = min(self._filled, len(next(iter(self._arrays.values()))))
 
     def state(self, prefix: str, count: int) -> dict[str, Array]:
         """Copies of the first `count` rows of every array, named `prefix.name`."""
