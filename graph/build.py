@@ -86,6 +86,17 @@ class Contacts:
             flow_offsets=np.array([0, g - f], np.int64),
         )
 
+    def some(self, begin: int, end: int) -> Contacts:
+        """Contacts begin to end of a run of one window, as views, without their flows."""
+        return Contacts(
+            hosts=self.hosts,
+            **{name: getattr(self, name)[begin:end] for name in _PER_CONTACT},
+            of_flow=self.of_flow[:0],
+            offsets=np.array([0, end - begin], np.int64),
+            windows=self.windows,
+            flow_offsets=np.array([0, 0], np.int64),
+        )
+
 
 _PER_CONTACT = tuple(
     f.name for f in fields(Contacts) if f.name not in ("hosts", "of_flow", "offsets", "windows", "flow_offsets")

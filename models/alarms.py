@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from flowsage.collector.errors import ConfigurationError
 from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts
-from flowsage.graph.flows import UInt64, hash_names
+from flowsage.graph.flows import HostTable, UInt64, hash_names
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
 from flowsage.models.calibration import Calibration, Readiness
@@ -39,6 +39,9 @@ GRANDFATHERED = 30 * an.MINUTE
 
 THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
+
+PIECE = 1 << 19
+"""Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
 VERSION = 3
 
@@ -83,6 +86,17 @@ class Looked(Protocol):
     @property
     def sources(self) -> Array:
         """[c] distinct sources of (target, service)."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some contacts of a `Looked`."""
+
+    whole: Looked
+    part: slice
+
+    def __getattr__(self, name: str) -> Array:
+        return getattr(self.whole, name)[self.part]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,19 +186,30 @@ class Alarms:
         block = (now_ns - 1) // self._block_ns
         if block > self._block:
             self._roll(block)
-        # Two steps at one time would be one touch: the later one counts as a moment later.
-        now = max((now_ns - self._origin_ns) / 1e9, self._now + 1e-6)
-        self._now = now
         self.steps += 1
+        self.contacts_seen += len(contacts)
         told: list[Finding] = []
-        if len(contacts):
-            self.contacts_seen += len(contacts)
-            found, values = self._measure(now, contacts, looked, np.ascontiguousarray(tails, np.float64))
-            if len(found):
-                offers = self._offers(contacts, found, values)
-                told = self.episodes.offer(now_ns, offers, self.allowed)
-                self._note(self.episodes.begun)
+        if len(contacts) <= PIECE:
+            told += self._look(now_ns, contacts, looked, tails)
+        else:
+            for begin in range(0, len(contacts), PIECE):
+                part = slice(begin, begin + PIECE)
+                told += self._look(now_ns, contacts.some(begin, part.stop), _Part(looked, part), tails[part])
         return told + self.episodes.close(now_ns)
+
+    def _look(self, now_ns: int, contacts: Contacts, looked: Looked, tails: Array) -> list[Finding]:
+        """Findings created or updated by contacts of a pane, no more than a `PIECE` of them."""
+        assert self._origin_ns is not None
+        # Two looks at one time would be one touch: the later one counts as a moment later.
+        self._now = now = max((now_ns - self._origin_ns) / 1e9, self._now + 1e-6)
+        if not len(contacts):
+            return []
+        found, values = self._measure(now, contacts, looked, np.ascontiguousarray(tails, np.float64))
+        if not len(found):
+            return []
+        told = self.episodes.offer(now_ns, self._offers(contacts, found, values), self.allowed)
+        self._note(self.episodes.begun)
+        return told
 
     def _note(self, begun: list[Offer]) -> None:
         """Findings that have begun count against the p-values of their analytics."""
@@ -336,7 +361,7 @@ class Alarms:
             names = pc.cast(names, pa.string())
         arrays = self.memory.hosts.arrays
         arrays["name"][which] = names.to_numpy(zero_copy_only=False)
-        arrays["inside"][which] = self.internal(c.hosts)[index]
+        arrays["inside"][which] = self.internal(HostTable(names, c.hosts.hash[index]))
 
     def _offers(self, c: Contacts, found: Array, values: Array) -> list[Offer]:
         """The smallest p of each host and analytic, as offers to the episodes."""

@@ -235,3 +235,12 @@ def test_two_threads_say_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert created(said[0][0])
     for name, array in said[0][1].items():
         assert np.array_equal(array, said[1][1][name]), name
+
+
+def test_a_pane_that_is_looked_at_in_pieces_raises_the_same_hosts_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, host = scene("host scan", seed=1)
+    whole = created(Watch(LOUD).run(rows, BEGIN + 72))
+    monkeypatch.setattr("flowsage.models.alarms.PIECE", 9)
+    pieces = created(Watch(LOUD).run(rows, BEGIN + 72))
+    assert host in {f.host for f in pieces}
+    assert [(f.host, f.family) for f in pieces] == [(f.host, f.family) for f in whole]
