@@ -176,8 +176,8 @@ class MeetingPrior:
 
     def _learn(self, contacts: Contacts, first: Bool) -> None:
         c, window = self.config, int(contacts.windows[-1]) if len(contacts.windows) else 0
-        met = self._answers(contacts, first)
-        self._asked = self._everybody = None
+        met, hosts = self._answers(contacts, first), len(self.memory.hosts)
+        self._asked = None
         gate = np.ones(len(met.contact), np.float32)
         if len(met.contact):
             if self.waiting is None:
@@ -191,6 +191,8 @@ class MeetingPrior:
             part = slice(begin, begin + LEARNT)
             some = slice(*np.searchsorted(met.contact, (part.start, part.stop))) if len(parts) > 1 else slice(None)
             self._remember(contacts, part, met, some, gate[some], window, max(1, c.replayed_window // len(parts)))
+        if len(met.contact) or len(self.memory.hosts) != hosts:
+            self._everybody = None
         self.windows += 1
         self._meetings_since += len(met.contact)
         due = max(c.step_meetings, c.step_share * self.memory.replay.newest)
@@ -218,6 +220,7 @@ class MeetingPrior:
                 self._stale += [meetings.source, meetings.target]
         moved = self.memory.forget()
         if moved is not None:
+            self._everybody = None
             self._stale = [slots[slots >= 0] for slots in (moved[stale] for stale in self._stale)]
             if self._view is not None:
                 self._view.compact(moved)

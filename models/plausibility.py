@@ -15,6 +15,7 @@ from typing import Final
 import numba
 import numpy as np
 
+from flowsage.graph.prefetch import prefetch
 from flowsage.models.keys import mix
 from flowsage.models.popularity import BACKOFF
 
@@ -127,6 +128,7 @@ def ask(  # type: ignore[no-untyped-def]
         seen = (1.0 - unseen) / (weight_all + BACKOFF)
         sum_graph, sum_popular = unseen * np.exp(np.float64(stranger[g])), unseen
         for i in range(n):
+            prefetch(peers, np.int64(candidate[min(i + 2, n - 1)]))
             c = candidate[i]
             if known[c] == g:
                 graph[i] = popular[i] = 0.0

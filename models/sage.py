@@ -153,6 +153,8 @@ class _Mean(torch.autograd.Function):
 
 def neighbour_mean(table: Tensor, csr: Csr) -> Tensor:
     """Mean of each row's neighbours, [columns, d] -> [rows, d]; differentiable in `table`."""
+    if not torch.is_grad_enabled():
+        return csr.sum(table.contiguous()).mul_(csr.scale)
     mean: Tensor = _Mean.apply(table, csr)  # type: ignore[no-untyped-call]
     return mean
 
