@@ -45,11 +45,15 @@ def test_each_step_of_the_truth_is_a_handshake_on_the_wire_at_that_time(played: 
     assert truth.attacker == ATTACKS[name].attacker
     assert truth.status == ("stopped" if name == "slow-scan" else "done")
     assert truth.error is None
-    on_the_wire = {(p[2], p[3], p[4]): p[0] for p in handshakes(from_attacker(played, name))}
+    # A port may serve twice: a key has the times of all its SYNs.
+    on_the_wire: dict[tuple[int, str, int], list[int]] = {}
+    for packet in from_attacker(played, name):
+        if packet[6] & 0x12 == 0x02:
+            on_the_wire.setdefault((packet[2], packet[3], packet[4]), []).append(packet[0])
     assert len(truth.steps) >= LEAST_STEPS[name]
     for step in truth.steps:
         seen = on_the_wire[step.source_port, step.target, step.port]
-        assert 0 <= seen - step.time_ns < 500_000_000
+        assert any(0 <= at - step.time_ns < 500_000_000 for at in seen)
 
 
 @needs_root
@@ -105,7 +109,8 @@ def test_labels_are_exactly_the_attacks_connections(played: Played) -> None:
     labelled = label_flows(flows, played.truths.values()).to_pylist()
     by_attack = Counter(row["attack"] for row in labelled if row["label"])
     for name in ("worm", "slow-scan", "guess", "beacon", "exfil", "flood"):
-        assert by_attack[name] == len(played.truths[name].steps), name
+        steps = {(step.source_port, step.target, step.port) for step in played.truths[name].steps}
+        assert by_attack[name] == len(steps), name
     attackers = {truth.address for truth in played.truths.values()}
     assert all(row["src_ip"] in attackers for row in labelled if row["label"])
     assert all(row["attack"] == "" for row in labelled if not row["label"])
