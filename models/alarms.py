@@ -110,7 +110,7 @@ class AlarmConfig:
     time_scale     how much faster than life everything happens: time constants, blocks, ages and gaps are divided by it
                    (a lab in which a day takes 24 minutes has 60)
     ready_blocks, ready_host_blocks    calibration that must have been seen before anything is raised; for scans,
-                   guessing and floods a block is enough
+                   guessing and floods a block is enough, and where they fail and are beyond doubt they need not wait
     internal       networks whose hosts are ours (names that are no addresses are); None: private addresses
     max_keys       of each kind (hosts, pairs …); those longest unseen are forgotten, counted
     log            contacts remembered as evidence, half of them new or failed ones
@@ -171,10 +171,16 @@ class Alarms:
         return self.calibration.readiness(self.config.ready_blocks, self.config.ready_host_blocks)
 
     @property
+    def tried(self) -> bool:
+        """Whether a block of this network has been seen; before, only what is in `analytics.FIRST` is raised."""
+        return self._now >= self._block_ns / 1e9 and self.calibration.blocks >= 1
+
+    @property
     def allowed(self) -> float:
         """The largest p of a host in a block that is raised."""
-        c = self.config
-        return self.calibration.allowed(c.budget, c.least_a_day, self._blocks_a_day, c.settle_ns / c.block_ns)
+        c, untried = self.config, 0 if self.tried else max(1, sum(map(len, self._active[0])))
+        settled = c.settle_ns / c.block_ns
+        return self.calibration.allowed(c.budget, c.least_a_day, self._blocks_a_day, settled, untried)
 
     def step(self, now_ns: int, contacts: Contacts, looked: Looked, tails: Array) -> list[Finding]:
         """Findings created, updated or closed by the c contacts that arrived until `now_ns` (ns, the end of the pane).
@@ -304,7 +310,7 @@ class Alarms:
 
         _, strength = self._both(n, register, lambda: self._beats(c, slots, codes, looked))
         scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
-        allowed = self.allowed if now >= self._block_ns / 1e9 and self.calibration.blocks >= 1 else -1.0
+        allowed, open_ = self.allowed, self._open if self.tried else self._open & an.FIRST
 
         def judged(part: int, parts: int) -> tuple[Array, Array]:
             touched = np.empty((n * levels.A + n, 3), np.int32)
@@ -319,7 +325,7 @@ class Alarms:
             count = levels.judge(
                 touched, raised, slots, cells, past, h["born"], born, h["record"], *self._parameters, self._floors,
                 self._tau, self._span, step, *kinds, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON,
-                an.LEARNS, an.LEAST, an.SHARE, an.JOINT, self._open, best, h["causes"], h["excluded"],
+                an.LEARNS, an.LEAST, an.SHARE, an.JOINT, open_, best, h["causes"], h["excluded"],
                 h["smallest"], self._fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed, found, values,
             )  # fmt: skip
             return found[:count], values[:count]

@@ -136,6 +136,9 @@ minute, so a beat and a slow scan (of one service, or of many) need larger share
 does an upload: bytes have the heaviest tail of all."""
 EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan-in" for a in TABLE])
 """Raised after the first block: no habit is needed to tell them."""
+FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a in TABLE])
+"""Raised in the first block, before this network has shown anything. What is merely much (flows to a busy server, peers
+of a monitor) may have been so for years; what fails, or asks for a password again and again, seldom has."""
 LEARNS = np.array([a.learns for a in TABLE])
 LEAST = np.array([a.least if a.tau == 0 else np.log1p(a.least / a.scale) for a in TABLE])
 """x below which nothing is raised."""

@@ -40,6 +40,9 @@ USUAL = 10.0
 YOUNG = 0.1
 """Part of the budget that a sensor's first minutes have."""
 
+UNTRIED = 0.1
+"""Part of that for the first block, in which only other networks, by the prior, say what is rare."""
+
 TOLERATED = 1.0, 2.0
 """Findings of an analytic that say nothing against its p-values, since attacks happen: so many at a budget of 1, and so
 many more for each power of ten."""
@@ -211,16 +214,21 @@ class Calibration:
             "of calibration seen",
         )
 
-    def allowed(self, budget: float, least: float, blocks_a_day: float, settled: float = 0.0) -> float:
+    def allowed(
+        self, budget: float, least: float, blocks_a_day: float, settled: float = 0.0, untried: int = 0
+    ) -> float:
         """Largest p of a host in a block that keeps to `budget` false findings a day per 100 hosts that open flows.
 
         Hosts that are only spoken to can be named too, so they share that budget. A network may have `least` a day from
         a budget of `USUAL` on, and in proportion below. What is seen for the first time on the first day may happen
-        every day, so the budget grows until `settled` blocks have been seen.
+        every day, so the budget grows until `settled` blocks have been seen. In the first block, `untried` is how many
+        hosts have opened flows so far; whom they open them to may be nobody, so as many others are taken to be there.
         """
         both = max(1.0, self.hosts / max(1, self.blocks))
         sources = max(1.0, float(self.n[0].sum()) / max(1, self.blocks))
         young = max(YOUNG, min(1.0, self.blocks / settled if settled > 0 else 1.0))
+        if untried:
+            sources, both, young = float(untried), 2.0 * untried, YOUNG * UNTRIED
         return young * max(budget / 100.0 * sources, least * min(1.0, budget / USUAL)) / both / blocks_a_day
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:

@@ -76,7 +76,8 @@ def recording(path: Path, sources: int = 8) -> Recording:
     )  # fmt: skip
 
 
-def _scene(f: Flows, r: Recording, attacker: str, begin_s: float) -> Scene:
+def scene(f: Flows, r: Recording, attacker: str, begin_s: float) -> Scene:
+    """Who is where for an attack by `attacker` at `begin_s` of a recording."""
     rng = f.rng
     inside = [h for h in r.inside if h != attacker] or ["10.250.0.1"]
     victim = str(rng.choice([h for h, _ in r.services if h != attacker] or inside))
@@ -112,7 +113,7 @@ def inject(r: Recording, kinds: list[str], seed: int) -> tuple[pa.Table, list[st
         begin = float(starts[at])
         i = f.attack(f"{kind}#{seed}")
         before = len(f)
-        ATTACKS[kind](f, _scene(f, r, attacker, begin), i)
+        ATTACKS[kind](f, scene(f, r, attacker, begin), i)
         free[attacker] = min(f.latest(before), r.span_s) + APART
     return merged(r, f), left
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
+from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch
 from flowsage.graph.window import WindowBuffer, in_order
@@ -20,7 +21,7 @@ from flowsage.models.alarms import Alarms
 from flowsage.models.calibration import Calibration
 from flowsage.models.detector import ALL_TIME
 from flowsage.models.finding import Finding
-from flowsage.models.history import History
+from flowsage.models.history import History, HistoryConfig
 from flowsage.models.meeting import MeetingPrior
 from flowsage.pipelines.config import load
 from flowsage.pipelines.scorer import detector_config
@@ -41,7 +42,21 @@ class Scored:
     findings: dict[tuple[str, float], pd.DataFrame]
 
 
-class _Kept:
+@dataclass(frozen=True)
+class Pane:
+    """What the alarms are shown of a pane: `Alarms.step` takes these. It is an `alarms.Looked` as well."""
+
+    now_ns: int
+    contacts: Contacts
+    tails: np.ndarray
+    known: np.ndarray
+    pair_known: np.ndarray
+    service_known: np.ndarray
+    C_ss: np.ndarray
+    sources: np.ndarray
+
+
+class Kept:
     """Findings as `flowsage replay --findings F.parquet` keeps them: the last word, and when the first was said."""
 
     def __init__(self) -> None:
@@ -71,19 +86,23 @@ def score(
     undirected: bool = False,
     scores: bool = True,
     calibrations: list[Calibration] | None = None,
+    panes: list[Pane] | None = None,
+    history: HistoryConfig | None = None,
 ) -> Scored:
     """Everything of one file with the default configuration; without `scores` only findings are kept.
 
-    The calibrations of all (prior, budget) are appended to `calibrations`, as they are in the end.
+    The calibrations of all (prior, budget) are appended to `calibrations`, as they are in the end; what alarms are
+    shown (by the last prior) to `panes`, for those who try other alarms.
     """
     flags = {"model": {"undirected": undirected, "threads": 1}}
     made = {p: detector_config(load(flags=flags | {"model": flags["model"] | {"prior": p}})) for p in priors}
     config = next(iter(made.values()))
-    history = History(config.history)
+    known = History(history or config.history)
     alarms = {(p, b): Alarms(replace(made[p].alarms, budget=b)) for p in priors for b in budgets}
-    internal = next(iter(alarms.values())).internal
+    names = next(iter(made.values())).alarms.internal
+    internal = Internal(PRIVATE if names is None else names)
     prior = {p: MeetingPrior(made[p].meeting, internal) if made[p].graph else None for p in priors}
-    kept = {key: _Kept() for key in alarms}
+    kept = {key: Kept() for key in alarms}
     file = FlowFile(path, undirected=undirected)
     buffer = WindowBuffer(config.window_ns)
     flow_score, beacon_score = np.full(file.rows, np.nan), np.full(file.rows, np.nan)
@@ -97,7 +116,7 @@ def score(
         if flows is None or not len(flows):
             return
         run = contacts(flows, config.window_ns)
-        said = history.score(flows, run)
+        said = known.score(flows, run)
         first = said.known == 0
         for name, p in prior.items():
             if p is None:
@@ -117,9 +136,12 @@ def score(
     for step in file.steps(config.alarms.pane_ns):
         buffer.add(step.flows, "file", step.watermark_ns)
         seen = contacts(in_order(step.flows), ALL_TIME)
-        looked = history.lookup(seen)
+        looked = known.lookup(seen)
         for p in priors:
             plausible = tail(prior[p], seen, looked.known == 0)
+            if panes is not None and p == priors[-1]:
+                numbers = (looked.known, looked.pair_known, looked.service_known, looked.C_ss, looked.sources)
+                panes.append(Pane(step.now_ns, seen, plausible, *(n.copy() for n in numbers)))
             for b in budgets:
                 kept[p, b].add(alarms[p, b].step(step.now_ns, seen, looked, plausible))
         close(buffer.close_ready())

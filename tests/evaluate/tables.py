@@ -18,7 +18,8 @@ def render(results: Mapping[str, Result]) -> str:
     return "\n\n".join(p for p in [*parts, _ablation(results)] if p)
 
 
-def _grid(title: str, head: list[str], rows: list[list[str]]) -> str:
+def grid(title: str, head: list[str], rows: list[list[str]]) -> str:
+    """A table as text, its columns aligned; nothing where there are no rows."""
     if not rows:
         return ""
     width = [max(len(r[k]) for r in [head, *rows]) for k in range(len(head))]
@@ -57,7 +58,7 @@ def _ranking(results: Mapping[str, Result]) -> str:
             verdict = "goal" if m >= goal_m else "floor" if m >= floor_m else "SHORT"
             rows.append([f"{name} macro AUC", "MIDAS-F .745", f"{floor_m}", f"{goal_m}", f"{m:.3f}", verdict])
     head = ["ranking, AUC/AP", "best tuned baseline", "floor", "goal", "ours", ""]
-    return _grid("Ranking: the last 70 % of rows (darpa98 flows: all)", head, rows)
+    return grid("Ranking: the last 70 % of rows (darpa98 flows: all)", head, rows)
 
 
 def _at_most(value: float, bar: float | None) -> str:
@@ -90,7 +91,7 @@ def _false(results: Mapping[str, Result]) -> str:
                 [f"{len(small)} small files, budget {b:g}", f"{sum(s[b].host_days for s in small):.0f} host-days",
                  f"{count} findings", "" if floor is None else f"≤ {floor[0]}, goal {floor[1]}", verdict, _spoken(by)]
             )  # fmt: skip
-    return _grid("False findings", ["where", "", "ours", "bar", "", "by"], rows)
+    return grid("False findings", ["where", "", "ours", "bar", "", "by"], rows)
 
 
 def _spoken(by: Counter[str]) -> str:
@@ -125,7 +126,7 @@ def _recall(results: Mapping[str, Result]) -> str:
         verdict = "met" if k >= bars.CREDENTIALS * n else "SHORT"
         where = "another department's credentials, budget 10"
         rows.append([where, f"{n} attacks", f"{k / n:.2f}", f"≥ {bars.CREDENTIALS:g}", verdict])
-    return _grid("Attacks found", ["where", "", "ours", "bar", ""], rows)
+    return grid("Attacks found", ["where", "", "ours", "bar", ""], rows)
 
 
 def _of(results: Mapping[str, Result], budget: float) -> list[Found]:
@@ -147,7 +148,7 @@ def _kinds(results: Mapping[str, Result]) -> str:
             cells.append(f"{k}/{n}{delay}" if n else "")
         rows.append(cells)
     head = ["kind", "injected, 1", "10", "100", "enterprise, 1", "10", "100"]
-    return _grid("Found by kind and budget, and the median delay", head, rows)
+    return grid("Found by kind and budget, and the median delay", head, rows)
 
 
 def _confounders(results: Mapping[str, Result]) -> str:
@@ -161,7 +162,7 @@ def _confounders(results: Mapping[str, Result]) -> str:
          _at_most(statistics.mean(v), bars.CONFOUNDED), " ".join(map(str, v))]
         for c, v in extra.items()
     ]  # fmt: skip
-    return _grid("Findings that a harmless disturbance causes at budget 10", ["", "", "mean", "bar", "", "each"], rows)
+    return grid("Findings that a harmless disturbance causes at budget 10", ["", "", "mean", "bar", "", "each"], rows)
 
 
 def _ablation(results: Mapping[str, Result]) -> str:
@@ -176,7 +177,7 @@ def _ablation(results: Mapping[str, Result]) -> str:
             rows.append([p, *[str(areas[k]) if k in areas else "" for k in kinds], *shares, str(found.false)])
         head = ["prior", *kinds, *[f"found {k}" for k in done.values["found"]["none"].by_kind], "false"]
         title = "What the prior adds, simulated enterprise: first meetings, all and inside the network, AUC/AP of −tail"
-        parts.append(_grid(f"{title}; found, and false, at budget 10", head, rows))
+        parts.append(grid(f"{title}; found, and false, at budget 10", head, rows))
     files = [n for n in bars.FILES if f"ablate {n}" in results]
     rows = []
     for p in PRIORS[1:]:
@@ -185,5 +186,5 @@ def _ablation(results: Mapping[str, Result]) -> str:
         rows.append([p, *told])
     if files:
         head = ["prior", *[f"{n} {k}" for n in files for k in ("all", "inside")]]
-        parts.append(_grid("The same on labelled files", head, rows))
+        parts.append(grid("The same on labelled files", head, rows))
     return "\n\n".join(parts)

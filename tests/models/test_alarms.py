@@ -65,12 +65,30 @@ def test_nothing_but_scans_guessing_and_floods_is_raised_before_the_calibration_
     assert "of 1000 blocks" in watch.alarms.readiness().reason
 
 
-def test_a_scan_is_raised_after_the_first_block_and_nothing_before():
+@pytest.mark.parametrize("name", ["port scan", "host scan"])
+def test_what_fails_and_is_beyond_doubt_is_raised_within_the_first_block(name):
     block = LAB.block_ns / LAB.time_scale / 1e9
-    for begin, raised in ((block / 3, False), (block + 3, True)):
-        rows = office(40, 0) + MISBEHAVIOURS["port scan"][0](begin, np.random.default_rng(0))
-        found = created(Watch(LAB).run(rows, block - 7 if not raised else 40))
-        assert any(f.family == "scan" for f in found) == raised
+    make, host = MISBEHAVIOURS[name]
+    rows = office(block, 0) + make(block / 5, np.random.default_rng(0))
+    hits = [f for f in created(Watch(LOUD).run(rows, block - 1)) if f.host == host]
+    assert [f.family for f in hits] == ["scan"]
+    assert hits[0].alarm_ns < START + block * S
+
+
+def test_what_is_merely_much_is_no_news_in_the_first_block_but_it_is_after():
+    block = LAB.block_ns / LAB.time_scale / 1e9
+    at = np.arange(0, 9, 0.003).tolist()
+    busy: list[Row] = [(t, f"10.0.0.{k % 8}", "10.0.0.80", 443, 1, 700, 60) for k, t in enumerate(at)]
+    for begin, raised in ((2.0, False), (3 * block, True)):
+        rows = office(begin + 12, 0) + [(begin + t, *rest) for t, *rest in busy]
+        found = created(Watch(LOUD).run(rows, begin + 10))
+        assert any(f.host == "10.0.0.80" for f in found) == raised
+
+
+def test_a_quiet_first_block_raises_nothing():
+    block = LAB.block_ns / LAB.time_scale / 1e9
+    for seed in range(6):
+        assert Watch(LOUD).run(office(block, seed), block - 1) == []
 
 
 def test_a_beat_that_was_told_and_paused_is_not_told_again():
