@@ -96,7 +96,8 @@ class _Part:
     part: slice
 
     def __getattr__(self, name: str) -> Array:
-        return getattr(self.whole, name)[self.part]
+        some: Array = getattr(self.whole, name)[self.part]
+        return some
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,8 @@ from flowsage.models.analytics import TABLE
 from flowsage.models.card import card
 from flowsage.models.columns import Array
 from flowsage.models.detector import Detector, DetectorConfig
-from flowsage.models.familiarity import TERMS
 from flowsage.models.profiles import feature_names
+from flowsage.models.terms import TERMS
 
 FORMAT = 1
 """Version of the directory's layout."""

@@ -89,10 +89,13 @@ class Detector:
         looked = self.history.lookup(seen)
         return self.alarms.step(now_ns, seen, looked, self._tails(seen, looked.known == 0))
 
-    def close(self, flows: FlowBatch) -> ClosedWindows:
-        """Score the flows of windows that have closed, in time order, and learn from them."""
+    def close(self, flows: FlowBatch, *, terms: bool = False) -> ClosedWindows:
+        """Score the flows of windows that have closed, in time order, and learn from them.
+
+        `terms`: what history's scores are made of is kept too.
+        """
         run = self._fold(flows)
-        scores = self.history.score(flows, run)
+        scores = self.history.score(flows, run, terms=terms)
         first = scores.known == 0
         tails = np.full(len(run), np.nan)
         if self.prior is not None:

@@ -35,8 +35,9 @@ from flowsage.models.key_levels import (
     SVC_ALL,
     SVC_ROWS,
     SVC_X,
-)
+)  # fmt: skip
 from flowsage.models.keys import AHEAD
+from flowsage.models.terms import B_S, B_SS, B_SVC, C_E, C_ES, C_SS, DC, F_S, F_SS, K_SS, P_SS, TERMS, D, contact_sums
 from flowsage.models.weights import CONSTANTS
 
 Float64 = npt.NDArray[np.float64]
@@ -44,10 +45,6 @@ Float64 = npt.NDArray[np.float64]
 _THETA, _D, _POOLED = CONSTANTS.strength, CONSTANTS.discount, CONSTANTS.pooled
 _ALL, _OWN, _LAST = CONSTANTS.rank_all, CONSTANTS.rank_service, int(CONSTANTS.buckets) - 1
 _PORT = (1 << SERVICE_BITS) - 1
-
-TERMS = ("B_s", "B_ss", "K_ss", "B_svc", "F_s", "F_ss", "C_ss", "P_ss", "C_es", "C_e", "dc", "D")
-"""Rows of `terms`; the first three without the cap."""
-B_S, B_SS, K_SS, B_SVC, F_S, F_SS, C_SS, P_SS, C_ES, C_E, DC, D = range(len(TERMS))
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -111,14 +108,15 @@ class Scratch(NamedTuple):
 
 @numba.njit(cache=True, nogil=True)
 def familiarity(  # type: ignore[no-untyped-def]
-    run, seen, rows, counts, scratch, pool, ranks, svc_ranks, terms, before
+    run, seen, rows, counts, scratch, pool, ranks, svc_ranks, weights, sums, terms, before
 ):
     """Terms of each directed contact v, and the counts after each window.
 
     rows, counts: `Rows` and `count` of the six levels. seen: windows in which anything was seen before this chunk (E of
     its first). pool f8[3]: sum of x over all rows of s so far, and their number; services so far. ranks i64[64],
-    svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. Out: terms f8[12, v] (`TERMS`),
-    before f8[c]: earlier windows of es (forward way).
+    svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. weights
+    f8[12]. Out: sums f8[v, 4] (`contact_sums`), terms f8[12, v] (`TERMS`) unless it has no columns, before f8[c]:
+    earlier windows of es (forward way).
 
     With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
     B_s, B_ss    `active`, n kept windows of s, ss
@@ -138,6 +136,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     s_rows, svc_rows, ss_rows, e_rows, es_rows, o_rows = rows
     s_count, svc_count, ss_count, e_count, es_count, o_count = counts
     s_n, s_t, svc_n, ss_n, ss_up, e_n, es_up, es_n, o_n = scratch
+    line = np.empty((2, len(TERMS)))
     for w in range(len(run.windows)):
         now = seen + w
         log_now = math.log(now + 1.0)
@@ -305,25 +304,33 @@ def familiarity(  # type: ignore[no-untyped-def]
                     ranks[b] += 1
                     svc_ranks[svc, b] += 1
         # Out: each directed contact gets what its keys have.
-        for v in range(begin, end):
-            soon = min(v + AHEAD, end - 1)
-            prefetch(s_t, s_rows.row[soon])
-            prefetch(ss_n, ss_rows.row[soon])
-            prefetch(o_n, o_rows.row[soon])
-            c = v // ways
-            s, svc, ss, es = s_rows.row[v], svc_rows.row[v], ss_rows.row[v], es_rows.row[v]
-            new, ports = es_n[es, 0] > 0.0, (run.service[c] & _PORT) > 0
-            terms[B_S, v] = s_t[s, 0]
-            terms[B_SS, v] = ss_n[ss, 0]
-            terms[K_SS, v] = ss_n[ss, 1]
-            terms[B_SVC, v] = svc_n[svc, 2] if run.service[c] != 0 or pool[2] > 1.0 else 0.0
-            terms[F_S, v] = s_t[s, 1]
-            terms[F_SS, v] = ss_n[ss, 2]
-            terms[C_SS, v] = ss_n[ss, 3]
-            terms[P_SS, v] = ss_n[ss, 4]
-            terms[C_ES, v] = ss_n[ss, 5] if new and ports else 0.0
-            terms[C_E, v] = s_t[s, 2] if e_n[e_rows.row[v], 0] == 0.0 and not ports else 0.0
-            terms[DC, v] = es_n[es, 1] if ports else 0.0
-            terms[D, v] = o_n[o_rows.row[v], 2]
-            if v == c * ways:
-                before[c] = es_n[es, 3]
+        last = end - 1
+        for c in range(run.offsets[w], run.offsets[w + 1]):
+            for way in range(ways):
+                v = c * ways + way
+                soon = min(v + AHEAD, last)
+                prefetch(s_t, s_rows.row[soon])
+                prefetch(ss_n, ss_rows.row[soon])
+                prefetch(o_n, o_rows.row[soon])
+                s, svc, ss, es = s_rows.row[v], svc_rows.row[v], ss_rows.row[v], es_rows.row[v]
+                new, ports = es_n[es, 0] > 0.0, (run.service[c] & _PORT) > 0
+                line[way, B_S] = s_t[s, 0]
+                line[way, B_SS] = ss_n[ss, 0]
+                line[way, K_SS] = ss_n[ss, 1]
+                line[way, B_SVC] = svc_n[svc, 2] if run.service[c] != 0 or pool[2] > 1.0 else 0.0
+                line[way, F_S] = s_t[s, 1]
+                line[way, F_SS] = ss_n[ss, 2]
+                line[way, C_SS] = ss_n[ss, 3]
+                line[way, P_SS] = ss_n[ss, 4]
+                line[way, C_ES] = ss_n[ss, 5] if new and ports else 0.0
+                line[way, C_E] = s_t[s, 2] if e_n[e_rows.row[v], 0] == 0.0 and not ports else 0.0
+                line[way, DC] = es_n[es, 1] if ports else 0.0
+                line[way, D] = o_n[o_rows.row[v], 2]
+                if way == 0:
+                    before[c] = es_n[es, 3]
+            if ways == 2:
+                line[0, DC] = line[1, DC] = min(line[0, DC], line[1, DC])
+            for way in range(ways):
+                contact_sums(line[way], weights, sums[c * ways + way])
+                if terms.shape[1] > 0:
+                    terms[:, c * ways + way] = line[way]

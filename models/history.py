@@ -20,12 +20,13 @@ from flowsage.graph import memory
 from flowsage.graph.build import Contacts
 from flowsage.graph.flows import FlowBatch
 from flowsage.models.beat import beat
-from flowsage.models.familiarity import TERMS, Scratch, familiarity
+from flowsage.models.familiarity import Scratch, familiarity
 from flowsage.models.history_scores import ContactTerms, Float64, HistoryScores, Outputs, Parts
 from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S, assign_together
 from flowsage.models.keys import NEVER, Int32, Int64
 from flowsage.models.recall import FIELDS, recall
-from flowsage.models.scoring import contact_sums, score
+from flowsage.models.scoring import score
+from flowsage.models.terms import TERMS
 from flowsage.models.volume import volume
 from flowsage.models.weights import CONSTANTS, WEIGHTS, Weights
 
@@ -89,15 +90,16 @@ class History:
         """Bytes of memory of keys."""
         return sum(level.nbytes for level in self.levels)
 
-    def score(self, flows: FlowBatch, contacts: Contacts) -> HistoryScores:
+    def score(self, flows: FlowBatch, contacts: Contacts, *, terms: bool = True) -> HistoryScores:
         """Scores of a run of closed windows, which are then learnt.
 
+        Without `terms`, only the scores are kept, and not what they are made of: that takes a third of the room.
         `contacts` are those of `flows`, which are in time order. Raises ValueError where a window is not later than
         the last one learnt, or where flows and contacts do not belong together.
         """
         self._check(flows, contacts)
         ways = 1 + self.config.undirected
-        out = Outputs.empty(len(contacts), len(flows), ways)
+        out = Outputs.empty(len(contacts), len(flows), ways, terms=terms)
         hosts: list[tuple[Int32, Int64, Float64]] = []
         begin = 0
         while begin < len(contacts.windows):
@@ -123,7 +125,7 @@ class History:
             host=host,
             window=window,
             score=score,
-            parts=Parts(ways, contacts.of_flow, capped, flows.failed, out, self.config.weights),
+            parts=Parts(ways, contacts.of_flow, capped, flows.failed, out, self.config.weights) if terms else None,
         )
 
     def _chunk(self, run: Run, flows: FlowBatch, out: Outputs) -> tuple[Int32, Int64, Float64]:
@@ -135,14 +137,14 @@ class History:
             rows[level] = levels[level].assign(run)
 
         def learn_volume(level: int, count: Int64, v: Float64) -> None:
-            scratch = memory.empty((int(rows[level].start[-1]), 8), np.float64)
+            scratch = memory.empty((int(rows[level].start[-1]), 4), np.float64)
             volume(run, rows[level], levels[level]["volume"], _frozen(count), scratch, v)
 
         def count() -> None:
             counts, scratch = tuple(level["count"] for level in levels), self._room([int(r.start[-1]) for r in rows])
             familiarity(
                 run, self.windows, tuple(rows), counts, scratch, self._pool, self._ranks, levels[SVC]["rank"],
-                out.terms, out.known,
+                self._weights[0], sums, out.terms, out.known,
             )  # fmt: skip
 
         def beats() -> None:
@@ -159,17 +161,15 @@ class History:
             rows = small
         else:
             self._together(size, *(partial(assign, level) for level in (ES, E, SS, O, S, SVC)))
+        sums = memory.empty((len(run.src) * run.ways, 4), np.float64)
         volumes = ((ES, flows.bytes_fwd, out.v_fwd), (S, flows.bytes_rev, out.v_rev))
         self._together(size, beats, count, *(partial(learn_volume, *each) for each in volumes))
-        weights, own = self._weights
-        sums = memory.empty((len(run.src) * run.ways, 4), np.float64)
-        contact_sums(run.ways, out.terms, weights, sums)
         k, pairs = int(rows[S].start[-1]), int(rows[E].start[-1])
         scratch = memory.empty(pairs, np.float64), memory.empty(pairs, np.int32), memory.empty(k, np.float64)
         host, window, host_score = np.empty(k, np.int32), np.empty(k, np.int64), np.empty(k)
         score(
             run, _frozen(flows.answered), _frozen(flows.told), _frozen(flows.failed), rows[S], rows[E],
-            sums, out.v_rev, out.v_fwd, out.llr, out.z, out.zc, own,
+            sums, out.v_rev, out.v_fwd, out.llr, out.z, out.zc, self._weights[1],
             scratch[0], scratch[1], scratch[2], out.flow_score, out.beacon_score, host, window, host_score,
         )  # fmt: skip
         return host, window, host_score

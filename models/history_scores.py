@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flowsage.graph import memory
 from flowsage.graph.columns import Bool, Int64
 from flowsage.graph.flows import Int32
-from flowsage.models.familiarity import B_S, K_SS, TERMS, D
+from flowsage.models.terms import B_S, K_SS, TERMS, D
 from flowsage.models.weights import CONSTANTS, Weights
 
 Float64 = npt.NDArray[np.float64]
@@ -56,12 +56,13 @@ class HistoryScores:
     """[k]"""
     score: Float64
     """[k] ln Σ over distinct peers exp(highest flow score)."""
-    parts: Parts = field(repr=False)
+    parts: Parts | None = field(repr=False)
+    """None where only the scores were kept."""
 
     @cached_property
     def terms(self) -> dict[str, Float64]:
-        """Every term of each flow f8[n], by name; S is "history". Made when asked for."""
-        return dict(zip((*NAMES, "history"), self.parts.table(), strict=True))
+        """Every term of each flow f8[n], by name; S is "history". Made when asked for, none where none were kept."""
+        return {} if self.parts is None else dict(zip((*NAMES, "history"), self.parts.table(), strict=True))
 
 
 class Outputs(NamedTuple):
@@ -70,7 +71,7 @@ class Outputs(NamedTuple):
     known: Float64
     """[c] earlier windows."""
     terms: Float64
-    """[12, c·ways] `familiarity.TERMS`."""
+    """[12, c·ways] `familiarity.TERMS`, or [12, 0]."""
     v_rev: Float64
     """[n·ways], and so on."""
     v_fwd: Float64
@@ -82,14 +83,17 @@ class Outputs(NamedTuple):
     beacon_score: Float64
 
     @classmethod
-    def empty(cls, c: int, n: int, ways: int) -> Outputs:
-        """Room for a run. Zeros where only what is not zero gets written; np.zeros where that is rare, so that most of
-        it is never touched, and takes no memory."""
-        known, terms = memory.empty(c, np.float64), memory.empty((len(TERMS), c * ways), np.float64)
+    def empty(cls, c: int, n: int, ways: int, *, terms: bool) -> Outputs:
+        """Room for a run, with or without the terms of contacts.
+
+        Zeros where only what is not zero gets written; np.zeros where that is rare, so that most of it is never
+        touched, and takes no memory.
+        """
+        known, lines = memory.empty(c, np.float64), memory.empty((len(TERMS), c * ways * terms), np.float64)
         flow_score, beacon_score = (memory.empty(n, np.float64) for _ in range(2))
         v_rev, v_fwd = (memory.zeros(n * ways, np.float64) for _ in range(2))
         llr, z, zc = (np.zeros(n * ways) for _ in range(3))
-        return cls(known, terms, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
+        return cls(known, lines, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
 
     def part(self, of_c: slice, of_f: slice, ways: int) -> Outputs:
         """Of some contacts and their flows: views, but for the terms, which kernels want in one piece (`keep`)."""
@@ -102,7 +106,7 @@ class Outputs(NamedTuple):
 
     def keep(self, part: Outputs, of_c: slice, ways: int) -> None:
         """The terms of a part, back where they belong."""
-        if len(part.known) < len(self.known):
+        if len(part.known) < len(self.known) and self.terms.shape[1]:
             self.terms[:, of_c.start * ways : of_c.stop * ways] = part.terms
 
 

@@ -1,4 +1,4 @@
-"""Terms to scores: S of a contact, flow_score and beacon_score of a flow, the score of a host's window."""
+"""Terms to scores: flow_score and beacon_score of a flow, the score of a host's window."""
 
 from __future__ import annotations
 
@@ -8,33 +8,12 @@ import numba
 import numpy as np
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.familiarity import B_S, B_SS, DC, K_SS, TERMS, D
 from flowsage.models.keys import AHEAD
+from flowsage.models.terms import BEST, CAPPED, FREE
 from flowsage.models.weights import CONSTANTS
 
 _ABOVE, _BEACON_FLOOR, _BEACON_SCALE = CONSTANTS.regular_above, CONSTANTS.beacon_floor, CONSTANTS.beacon_scale
 W_V_REV, W_V_FWD, W_T, W_FAIL = range(4)
-FREE, CAPPED, BEST = range(3)
-"""Columns of `sums`, half a cache line a directed contact: all that a flow needs of its contact."""
-
-
-@numba.njit(cache=True, nogil=True)
-def contact_sums(ways, terms, weights, sums):  # type: ignore[no-untyped-def]
-    """S without what is a flow's own, into sums f8[v, 4]: `FREE`, and `CAPPED` where B_s, B_ss, K_ss are at most D.
-
-    terms f8[12, v], weights f8[12] (D's is 0). Undirected: dc becomes the smaller of both ways.
-    """
-    for v in range(0, terms.shape[1], ways):
-        if ways == 2:
-            terms[DC, v] = terms[DC, v + 1] = min(terms[DC, v], terms[DC, v + 1])
-        for u in range(v, v + ways):
-            common = 0.0
-            for k in range(K_SS + 1, len(TERMS)):
-                common += weights[k] * terms[k, u]
-            a, b, k, d = terms[B_S, u], terms[B_SS, u], terms[K_SS, u], terms[D, u]
-            sums[u, FREE] = common + weights[B_S] * a + weights[B_SS] * b + weights[K_SS] * k
-            sums[u, CAPPED] = common + weights[B_S] * min(a, d) + weights[B_SS] * min(b, d) + weights[K_SS] * min(k, d)
-            sums[u, BEST] = -np.inf
 
 
 @numba.njit(cache=True, nogil=True)

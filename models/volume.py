@@ -17,7 +17,7 @@ _NEAR = 2.08
 """A normal tail at 2.08 is still above e^-4, and a Student-t tail is heavier: nothing to compute below."""
 _FAR = 1e4
 
-_Y_SUM, _Y_FLOWS, _CENTRE, _SCALE, _NU = range(5)
+_Y_SUM, _Y_FLOWS, _CENTRE, _SCALE = range(4)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -59,7 +59,7 @@ def volume(run, rows, memory, count, scratch, out):  # type: ignore[no-untyped-d
     V = clip(−ln P(T ≥ z) − 4, 0, 30), y = ln(1+count), T the normal-inverse-gamma predictive after the n earlier window
     means of the key (mean μ, sum of squares M): with n' = min(n, 50), m = (.6 + n μ)/(.1 + n), a = 1 + n'/2,
     b = 2 + M n'/2n + .05 n' (μ − 6)²/(.1 + n'), z = (y − m)/√(b (n' + 1.1)/(a (n' + .1))), 2a degrees of freedom.
-    count i64[n]: −1 where unknown; such flows get 0 and teach nothing. `out` comes as zeros; scratch f8[rows, 8].
+    count i64[n]: −1 where unknown; such flows get 0 and teach nothing. `out` comes as zeros; scratch f8[rows, 4].
     """
     ways = run.ways
     for w in range(len(run.windows)):
@@ -78,7 +78,6 @@ def volume(run, rows, memory, count, scratch, out):  # type: ignore[no-untyped-d
             scratch[r, _Y_FLOWS] = 0.0
             scratch[r, _CENTRE] = (_K0 * _M0 + n * mean) / (_K0 + n)
             scratch[r, _SCALE] = math.sqrt(rate * (short + _K0 + 1.0) / (shape * (short + _K0)))
-            scratch[r, _NU] = 2.0 * shape
         last = run.flow_offsets[w + 1] - 1
         for i in range(run.flow_offsets[w], last + 1):
             soon = (run.of_flow[min(i + AHEAD, last)] - run.first) * ways
@@ -93,7 +92,8 @@ def volume(run, rows, memory, count, scratch, out):  # type: ignore[no-untyped-d
                 scratch[r, _Y_FLOWS] += 1.0
                 far = y - scratch[r, _CENTRE]
                 if far > _NEAR * scratch[r, _SCALE]:
-                    tail = log_tail(min(far / scratch[r, _SCALE], _FAR), scratch[r, _NU])
+                    n = memory[rows.row_slot[first + r], V_WINDOWS]
+                    tail = log_tail(min(far / scratch[r, _SCALE], _FAR), 2.0 * (_A0 + 0.5 * min(n, _MEMORY)))
                     out[i * ways + way] = min(max(-tail - _FLOOR, 0.0), _CAP)
         for r in range(size):
             prefetch(memory, rows.row_slot[first + min(r + AHEAD, size - 1)])

@@ -39,6 +39,7 @@ class ScoreTable:
     def add(self, closed: ClosedWindows) -> None:
         """The flows of a run of windows."""
         scores, n, done = closed.scores, len(closed.flows), 0
+        assert scores.parts is not None  # a table wants the terms
         tails, terms = closed.tails[closed.contacts.of_flow], scores.parts.table()
         while done < n:
             if self._used == _BLOCK:

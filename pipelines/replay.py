@@ -191,7 +191,9 @@ class ScoredRun:
         self._scores = ScoreTable() if outputs.scores else None
         self._hosts = HostTableWriter(settings.windows.window) if outputs.hosts else None
         self._findings = FindingWriter(outputs.findings, as_json=as_json) if outputs.findings else None
-        self.scorer = Scorer(settings, on_findings=self._on_findings, on_closed=self._on_closed)
+        self.scorer = Scorer(
+            settings, on_findings=self._on_findings, on_closed=self._on_closed, terms=outputs.scores is not None
+        )
 
     def __enter__(self) -> ScoredRun:
         return self

@@ -100,6 +100,7 @@ class Scorer:
     clock         Unix time, ns, beyond which no sensor is believed; None: what the flows say is all there is
     detector      one that has learnt already, under the same configuration; None: that of the model directory, if the
                   settings name one, which is watched either way
+    terms         whether closed windows come with what history's scores are made of
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Scorer:
         on_closed: OnClosed | None = None,
         clock: Callable[[], int] | None = None,
         detector: Detector | None = None,
+        terms: bool = False,
     ) -> None:
         self.settings = settings
         config = detector_config(settings)
@@ -133,7 +135,7 @@ class Scorer:
         self.raised: Counter[str] = Counter()
         """Findings raised, by severity."""
         self._on_findings = on_findings
-        self._on_closed = on_closed
+        self._on_closed, self._terms = on_closed, terms
         self._arrived: list[FlowBatch] = []
 
     def take(self, flows: FlowBatch, watermark_ns: int, sensor: str = "file") -> FlowBatch:
@@ -206,7 +208,7 @@ class Scorer:
         if flows is None or not len(flows):
             return
         started = time.perf_counter()
-        closed = self.detector.close(flows)
+        closed = self.detector.close(flows, terms=self._terms)
         self.counters.scored += len(flows)
         self.counters.windows += len(closed.contacts.windows)
         self.counters.window_seconds += time.perf_counter() - started

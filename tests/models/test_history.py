@@ -15,9 +15,9 @@ from scipy.stats import t as student
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch, from_table
 from flowsage.models import history as module
-from flowsage.models.familiarity import C_SS
 from flowsage.models.history import History, HistoryConfig
 from flowsage.models.history_scores import HistoryScores
+from flowsage.models.terms import C_SS
 from flowsage.models.volume import log_tail
 
 MINUTE = 60_000_000_000
