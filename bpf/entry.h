@@ -11,6 +11,12 @@
  * packet, packets and bytes never do.
  *
  * The ring is reserved before anything is taken, so a full ring leaves the flow where it is.
+ *
+ * Entries are in two tables. The front is an array of places; which of them is a flow's, a cell of a second array tells,
+ * the one that its print points to. So a packet finds its entry by two indices, which are inlined, where the look-up of a
+ * hash is four functions deep (25 ns). A flow whose cell is another's goes to the hash, and stays there. (Should two CPUs
+ * begin one flow at the very moment its cell becomes free, each in another table, then it ends in two records.) Places
+ * are given out in turn, and flows that begin one after the other lie so: memory likes that better than their prints.
  */
 #ifndef FLOWSAGE_ENTRY_H
 #define FLOWSAGE_ENTRY_H
@@ -32,10 +38,19 @@
 #ifndef TABLE_ENTRIES
 #define TABLE_ENTRIES 262144
 #endif
+#ifndef FRONT_ENTRIES
+#define FRONT_ENTRIES 4
+#endif
+#ifndef FRONT_CELLS
+#define FRONT_CELLS 8
+#endif
 #ifndef RING_BYTES
 #define RING_BYTES (16 << 20)
 #endif
 
+#define CELLS_PER_PLACE 2
+#define CELL_TAG(print) ((print) >> 32 | 1)
+#define PLACE_TURNS 4 /* places that are tried before the flow goes to the hash */
 #define STATE_INTERFACE 32 /* by how much the interface is shifted */
 
 #define EEXIST 17
@@ -62,6 +77,7 @@ enum entry_state {
 	LAST_SIDE =
 		1
 		<< 15, /* which sent the last packet, in order of arrival: under an external clock only, which may step back */
+	IN_FRONT = 1 << 16, /* where the entry is: never changes */
 };
 
 /* A cache line of its own, see struct entry. */
@@ -81,8 +97,8 @@ struct side {
 	__u64 owner; /* under settings.dedupe: where the direction is counted, and since when: packet.h */
 };
 
-/* The kernel's hash element is 48 bytes of its own, the key (8), then this: 256 in all, and each side on one cache line,
- * in the kernels that we know. In another layout only speed changes.
+/* In the hash the kernel's element is 48 bytes of its own, the key (8), then this: 256 in all, and each side on one cache
+ * line, in the kernels that we know. In another layout only speed changes.
  */
 struct entry {
 	struct flow_key key;
@@ -96,10 +112,25 @@ struct entry {
 	struct side side[2]; /* by place in the key, not by who began */
 };
 
+/* A place in the front: taken by compare-and-swap, given back, its key wiped, by who owned and ended the entry. */
+struct place {
+	__u64 phase; /* enum place_phase */
+	__u64 pad[6]; /* each side on a cache line */
+	struct entry entry;
+};
+
+enum place_phase { PLACE_FREE, PLACE_FILLING, PLACE_HELD };
+
 _Static_assert(sizeof(struct side) == 64, "side");
 _Static_assert(sizeof(struct entry) == 200, "entry");
+_Static_assert(sizeof(struct place) == 256, "place");
 
 MAP(flows, HASH, __u64, struct entry, TABLE_ENTRIES, 0);
+/* Mapped: that begins on a page, whatever the kernel. */
+MAP(front, ARRAY, __u32, struct place, FRONT_ENTRIES, BPF_F_MMAPABLE);
+/* 0: free; otherwise CELL_TAG of whose it is, and below it the number of its place, plus 1; 0 while that is being filled. */
+MAP(cells, ARRAY, __u32, __u64, FRONT_CELLS, 0);
+MAP(turns, ARRAY, __u32, __u64, 1, 0); /* places given out so far */
 MAP_RINGBUF(records, RING_BYTES);
 MAP(counters, PERCPU_ARRAY, __u32, struct flow_counters, 1, 0);
 /* Where a new entry is put together: the stack of the packet path has no room for it. */
@@ -122,6 +153,27 @@ static __always_inline __u64 read_clock(void)
 static __always_inline int passed(__u64 now, __u64 then, __u64 timeout)
 {
 	return timeout && (__s64)(now - then) >= (__s64)timeout;
+}
+
+/* The cell of the flow with this print; NULL where there is no front. */
+static __always_inline __u64 *cell_of(__u64 print)
+{
+	__u32 index = print & (settings.front_entries * CELLS_PER_PLACE - 1);
+
+	return settings.front_entries ? bpf_map_lookup_elem(MAP_AT(cells), &index) : NULL;
+}
+
+/* The place of the flow with this key, by its cell; NULL where it has none. */
+static __always_inline struct place *place_of(const __u64 *cell, const struct flow_key *key, __u64 print)
+{
+	__u64 seen = *(const volatile __u64 *)cell;
+	__u32 number = (__u32)seen - 1;
+	struct place *place;
+
+	if (seen >> 32 != CELL_TAG(print))
+		return NULL;
+	place = bpf_map_lookup_elem(MAP_AT(front), &number);
+	return place && same_key(&place->entry.key, key) ? place : NULL;
 }
 
 static __always_inline struct flow_counters *cpu_counters(void)

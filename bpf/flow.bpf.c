@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-3-Clause
-/* The programs of a sensor: what arrives (flow_xdp), what leaves (flow_egress), the walk (flow_expire). How packets become
- * records is in entry.h.
+/* The programs of a sensor: what arrives (flow_xdp), what leaves (flow_egress), the walks over the
+ * two tables (flow_expire, flow_front). How packets become records is in entry.h.
  */
 #include "packet.h"
 #include "walk.h"
@@ -38,7 +38,13 @@ int pass_xdp(struct xdp_md *ctx)
 SEC("syscall")
 int flow_expire(struct flow_walk *w)
 {
-	return walk_table(w);
+	return walk_table(MAP_AT(flows), visit_flow, w);
+}
+
+SEC("syscall")
+int flow_front(struct flow_walk *w)
+{
+	return settings.front_entries ? walk_table(MAP_AT(front), visit_place, w) : 0;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

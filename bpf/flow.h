@@ -8,7 +8,7 @@
 #ifndef FLOWSAGE_FLOW_H
 #define FLOWSAGE_FLOW_H
 
-#define FLOW_LAYOUT_VERSION 1 /* of the table, the ring and the counters */
+#define FLOW_LAYOUT_VERSION 2 /* of the table, the ring and the counters */
 
 /* IPFIX flowEndReason (IANA, information element 136). */
 enum flow_end_reason {
@@ -127,12 +127,13 @@ struct flow_settings {
 	__u64 linger_ns; /* how long an ended flow waits for stragglers */
 	__u64 soonest_ns; /* the least of these timeouts that is not 0: a shorter silence ends nothing */
 	__u32 wake_bytes; /* wake the reader when this much waits in the ring */
+	__u32 front_entries; /* places in the front (entry.h): a power of two; 0: there is none */
 	__u8 mirror; /* drop after accounting: the interface carries copies */
 	__u8 external_clock; /* time, and where it says so length, are those in struct flow_input */
 	__u8 tcp_ends; /* FIN, RST and a new SYN end a flow */
 	__u8 layout; /* FLOW_LAYOUT_VERSION: of the object, never set */
 	__u8 dedupe; /* a packet that several interfaces see is counted on one of them */
-	__u8 pad[7];
+	__u8 pad[3];
 };
 
 /* Written by user space before each packet of a capture. BPF_PROG_TEST_RUN carries frames of 14 to some 73,000 bytes only:

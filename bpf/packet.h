@@ -2,7 +2,7 @@
 #ifndef FLOWSAGE_PACKET_H
 #define FLOWSAGE_PACKET_H
 
-#include "record.h"
+#include "front.h"
 
 /* What is rare is in global functions: the verifier checks each once, for all callers and all that may be in a packet. */
 
@@ -10,7 +10,7 @@ RARE int end_flow(struct entry *e, const struct packet *p, __u8 reason)
 {
 	if (!e || !p)
 		return AGAIN;
-	return end_entry(e, &p->key, NULL, p->print, reason);
+	return end_entry(e, &p->key, p->print, reason);
 }
 
 RARE int continue_flow(struct entry *e, const struct packet *p, __u64 start_ns, __u64 now)
@@ -245,14 +245,20 @@ static __always_inline enum outcome count_packet(struct flow_counters *c, struct
 RARE int create_flow(const struct packet *p, __u64 now)
 {
 	struct flow_counters *c = cpu_counters();
+	enum outcome outcome;
 	struct entry *fresh;
 	long error;
 
 	if (!c || !p || !(fresh = new_entry(p, now)))
 		return NO_ROOM;
-	error = bpf_map_update_elem(MAP_AT(flows), &p->print, fresh, BPF_NOEXIST);
-	if (error)
-		return error == -EEXIST ? AGAIN : NO_ROOM;
+	outcome = enter_front(fresh, p->print);
+	if (outcome == AGAIN)
+		return AGAIN;
+	if (outcome == NO_ROOM) {
+		error = bpf_map_update_elem(MAP_AT(flows), &p->print, fresh, BPF_NOEXIST);
+		if (error)
+			return error == -EEXIST ? AGAIN : NO_ROOM;
+	}
 	c->value[FLOW_CREATED]++;
 	accounted(c, p);
 	return DONE;
@@ -287,17 +293,25 @@ static __always_inline void account(struct flow_counters *c, const struct packet
 	int outcome = AGAIN, entered = 1;
 
 	for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
-		struct entry *e = bpf_map_lookup_elem(MAP_AT(flows), &p->print);
+		__u64 *cell = cell_of(p->print);
+		struct place *place = cell ? place_of(cell, &p->key, p->print) : NULL;
+		struct entry *e;
 
-		if (unlikely(!e))
-			outcome = create_flow(p, now);
-		else if (likely(same_key(&e->key, &p->key)))
+		if (likely(place)) {
+			e = &place->entry;
+			entered = 1;
+		} else {
+			e = bpf_map_lookup_elem(MAP_AT(flows), &p->print);
+			entered = e && same_key(&e->key, &p->key);
+		}
+		if (likely(entered))
 			outcome = count_packet(c, e, p, now);
+		else if (!e)
+			outcome = create_flow(p, now);
 		else /* made another flow's since the look-up, or that of one with the same print: then there is no place */
 			outcome = e->print != p->print >> 32 ? AGAIN : NO_ROOM;
 		if (likely(outcome == DONE))
 			return;
-		entered = e && same_key(&e->key, &p->key);
 		if (outcome == NO_ROOM)
 			break;
 		c->value[FLOW_RETRIES]++;

@@ -128,11 +128,29 @@ enum outcome {
 	NO_ROOM, /* nothing was done: the ring is full */
 };
 
-/* Ends the entry: takes both words, emits, deletes. `key` is a copy, or NULL to fetch key and print from the table once the
- * entry is ours (what a walk finds is only sure to be of one piece from then on).
+/* The entry, which is ours and closed, out of its table. A key without an IP version is no packet's. */
+static __always_inline void leave_table(struct entry *e, const struct flow_key *key, __u64 print)
+{
+	struct place *place;
+	__u64 *cell;
+
+	if (e->state & IN_FRONT) {
+		cell = cell_of(print);
+		place = cell ? place_of(cell, key, print) : NULL;
+		if (place) {
+			__sync_lock_test_and_set(&((__u64 *)&place->entry.key)[4], 0);
+			__sync_lock_test_and_set(cell, 0);
+			__sync_lock_test_and_set(&place->phase, PLACE_FREE);
+		}
+	} else if (bpf_map_delete_elem(MAP_AT(flows), &print)) {
+		__sync_fetch_and_or(&e->state, DEAD);
+	}
+}
+
+/* Ends the entry: takes both words, emits, deletes. `key` is a copy, or NULL to fetch it from the table once the entry is
+ * ours (what a walk finds is only sure to be of one piece from then on), and its print with it.
  */
-static __always_inline enum outcome end_entry(struct entry *e, const struct flow_key *key, const __u64 *in_table,
-					      __u64 print, __u8 reason)
+static __always_inline enum outcome end_entry(struct entry *e, const struct flow_key *key, __u64 print, __u8 reason)
 {
 	struct flow_record *r = reserve();
 	struct flow_key own;
@@ -155,7 +173,7 @@ static __always_inline enum outcome end_entry(struct entry *e, const struct flow
 		own = *key;
 	} else {
 		own = e->key;
-		print = *in_table;
+		print = print_of(&own);
 	}
 	word1 = __sync_lock_test_and_set(&e->side[1].word, CLOSED);
 	if (word0 | word1) {
@@ -164,8 +182,7 @@ static __always_inline enum outcome end_entry(struct entry *e, const struct flow
 	} else { /* went on after an active timeout, and nothing followed */
 		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
 	}
-	if (bpf_map_delete_elem(MAP_AT(flows), &print))
-		__sync_fetch_and_or(&e->state, DEAD);
+	leave_table(e, &own, print);
 	return DONE;
 }
 

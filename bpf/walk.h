@@ -4,19 +4,21 @@
 
 #include "record.h"
 
-CALLBACK_OF(flow_expire) long visit(void *map, const __u64 *print, struct entry *e, struct flow_walk *w)
+/* One entry, of either table. */
+static __always_inline long visit(struct entry *e, struct flow_walk *w)
 {
 	__u64 word0 = *(volatile __u64 *)&e->side[0].word, word1 = *(volatile __u64 *)&e->side[1].word;
 	enum outcome outcome;
 	struct flow_key own;
+	__u64 print;
 	__u8 reason;
 
 	if (word0 & CLOSED) {
 		if (e->state & DEAD) { /* who takes the mark away deletes */
-			__u64 own_print = *print;
-
+			own = e->key;
+			print = print_of(&own);
 			if (__sync_fetch_and_and(&e->state, ~DEAD) & DEAD &&
-			    bpf_map_delete_elem(MAP_AT(flows), &own_print))
+			    bpf_map_delete_elem(MAP_AT(flows), &print))
 				__sync_fetch_and_or(&e->state, DEAD);
 		} else {
 			w->failed++; /* being ended on another CPU */
@@ -39,7 +41,7 @@ CALLBACK_OF(flow_expire) long visit(void *map, const __u64 *print, struct entry 
 		outcome = continue_entry(e, &own, e->start_ns, w->now_ns, RESTART);
 		w->flows++;
 	} else {
-		outcome = end_entry(e, NULL, print, 0, reason);
+		outcome = end_entry(e, NULL, 0, reason);
 		w->removed += outcome == DONE;
 	}
 	w->failed += outcome != DONE;
@@ -47,12 +49,23 @@ CALLBACK_OF(flow_expire) long visit(void *map, const __u64 *print, struct entry 
 	return outcome == NO_ROOM; /* nothing more fits: drain, then walk again */
 }
 
-/* Visits every entry; `w`: zeros in, sums out. */
-static __always_inline int walk_table(struct flow_walk *w)
+CALLBACK_OF(flow_expire) long visit_flow(void *map, const __u64 *print, struct entry *e, struct flow_walk *w)
+{
+	return visit(e, w);
+}
+
+CALLBACK_OF(flow_front) long visit_place(void *map, const __u32 *index, struct place *place, struct flow_walk *w)
+{
+	/* Held, its words are open, or closed: those of a place that never was are neither. */
+	return *(volatile __u64 *)&place->phase == PLACE_HELD ? visit(&place->entry, w) : 0;
+}
+
+/* Visits every entry of one table with its callback; `w`: zeros in, sums out. */
+static __always_inline int walk_table(void *table, void *callback, struct flow_walk *w)
 {
 	struct flow_walk walk = {.mode = w->mode, .now_ns = w->now_ns ?: read_clock()};
 
-	if (bpf_for_each_map_elem(MAP_AT(flows), visit, &walk, 0) < 0)
+	if (bpf_for_each_map_elem(table, callback, &walk, 0) < 0)
 		return 1;
 	w->now_ns = walk.now_ns;
 	w->emitted = walk.emitted;

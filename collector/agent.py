@@ -56,7 +56,7 @@ class AgentSettings:
     loader            "libbpf": the object that is shipped; "bcc": compiled here; "auto": what is shipped, if there is
     program           the object that is loaded
     pins              where on bpffs programs and maps outlive the process, in a directory for each sensor; None: not
-    table_entries     flows in the kernel's table; 256 bytes each, preallocated
+    table_entries     flows in the kernel's table, which takes 19 of 20 before it sends a new one away; 256 bytes each
     ring_bytes        the ring between kernel and agent, a power of two; 256 bytes a record
     batch_records     records that are handed on at once, at most
     idle_timeout, active_timeout, half_open_timeout, linger    see bpf/flow.h

@@ -21,13 +21,13 @@ from flowsage.collector.errors import ProgramError
 from flowsage.collector.interface import index_of
 from flowsage.collector.journal import JOURNAL_BYTES, Books, Journal
 from flowsage.collector.pins import PinnedObject, Pins
-from flowsage.collector.program import COUNTERS, KEPT, OBJECT, FlowProgram, FlowSettings, Loader
+from flowsage.collector.program import COUNTERS, KEPT, OBJECT, WALKS, FlowProgram, FlowSettings, Loader
 from flowsage.collector.ring import MappedMap
 from flowsage.collector.xdp import Attachment, EBPFAttachMode, attach, attached_program
 
 logger = logging.getLogger(__name__)
 
-PROGRAMS = ("flow_xdp", "flow_expire")
+PROGRAMS = ("flow_xdp", *WALKS)
 MAPS = (*KEPT, ".data.input")
 STATE = "state"
 
@@ -123,7 +123,7 @@ class Lifetime:
 
     def _pinned(self, held: Pins, generation: int) -> FlowProgram:
         program = self._own_program()
-        program.adopt(PinnedObject(held, generation), self.journal.description(generation)["counters"])
+        program.adopt(PinnedObject(held, generation), self.journal.description(generation))
         program.carried = self.journal.carried(generation)
         return program
 
@@ -146,7 +146,7 @@ class Lifetime:
         except BaseException:
             opened.close()
             raise
-        what = {"identity": program.identity(), "layout": layout, "counters": COUNTERS}
+        what = {"identity": program.identity(), "layout": layout, "counters": COUNTERS, "walks": WALKS}
         self.journal.describe(generation, what)
         program.carried = kept.carried if kept is not None else {}
         self.journal.carry(generation, program.carried)

@@ -65,13 +65,18 @@ COUNTERS = (
 )
 """enum flow_counter of bpf/flow.h, in order, in lower case and without its prefix."""
 
-KEPT = ("flows", "records", "counters")
-"""The maps that hold what has been counted: an upgrade either keeps all three, or empties them."""
+KEPT = ("flows", "front", "cells", "records", "counters")
+"""The maps that hold what has been counted: an upgrade either keeps them all, or empties them."""
+
+WALKS = ("flow_expire", "flow_front")
+"""The programs that walk over the table, each over one of its maps."""
 
 Loader = Literal["auto", "libbpf", "bcc"]
 
 _SECOND = 1_000_000_000
 _PAGE = 4096
+_FRONT_LEAST = 4
+_CELLS_PER_PLACE = 2  # of bpf/entry.h
 
 
 class KernelObject(Protocol):
@@ -146,6 +151,13 @@ class FlowSettings:
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be 0 (never) or more")
 
+    @property
+    def front_entries(self) -> int:
+        """How many of the table's entries are places of the front (bpf/entry.h): a quarter to a half, a power of two; 0
+        in a table of less than 8."""
+        half = self.table_entries // 2
+        return 1 << half.bit_length() - 1 if half >= _FRONT_LEAST else 0
+
     def without_timeouts(self) -> FlowSettings:
         """The same, with one record a 5-tuple, ended by nothing but a flush."""
         return replace(self, idle_ns=0, active_ns=0, half_open_ns=0, tcp_ends=False)
@@ -161,12 +173,13 @@ class _Settings(ct.Structure):
         ("linger_ns", ct.c_uint64),
         ("soonest_ns", ct.c_uint64),
         ("wake_bytes", ct.c_uint32),
+        ("front_entries", ct.c_uint32),
         ("mirror", ct.c_uint8),
         ("external_clock", ct.c_uint8),
         ("tcp_ends", ct.c_uint8),
         ("layout", ct.c_uint8),
         ("dedupe", ct.c_uint8),
-        ("pad", ct.c_uint8 * 7),
+        ("pad", ct.c_uint8 * 3),
     )
 
 
@@ -222,6 +235,7 @@ class FlowProgram:
         self.attachments: dict[str, Attachment] = {}
         self.carried: Mapping[str, int] = {}
         self._names: Sequence[str] = COUNTERS
+        self._walks: Sequence[str] = WALKS
         self._object: KernelObject | None = None
         self._ring: Ring | None = None
 
@@ -231,7 +245,9 @@ class FlowProgram:
         """The object with our settings in it, not yet in the kernel, and the version of its layout."""
         s, opened = self.settings, open_object(self.path, self.loader)
         try:
-            opened.resize("flows", s.table_entries)
+            opened.resize("flows", s.table_entries - s.front_entries)
+            opened.resize("front", s.front_entries or 1)
+            opened.resize("cells", s.front_entries * _CELLS_PER_PLACE or 1)
             opened.resize("records", s.ring_bytes)
             constants: _Settings = opened.data(".rodata.settings", _Settings)
             self._fill(constants)
@@ -249,6 +265,7 @@ class FlowProgram:
         # Ended flows exist only where TCP ends them.
         timeouts = (s.idle_ns, s.half_open_ns, s.linger_ns if s.tcp_ends else 0)
         constants.soonest_ns = min(filter(None, timeouts), default=0)
+        constants.front_entries = s.front_entries
         constants.wake_bytes = s.ring_bytes // 8 if s.wake_bytes is None else s.wake_bytes
         constants.mirror, constants.external_clock, constants.tcp_ends = s.mirror, s.external_clock, s.tcp_ends
         constants.dedupe = s.dedupe
@@ -276,8 +293,9 @@ class FlowProgram:
             opened.close()  # and with it every descriptor; what was mapped goes with the process
             raise
 
-    def adopt(self, kernel: KernelObject, names: Sequence[str] = COUNTERS) -> FlowProgram:
-        """Works with what is in the kernel already, whose counters have these `names`. Returns itself."""
+    def adopt(self, kernel: KernelObject, what: Mapping[str, Any] | None = None) -> FlowProgram:
+        """Works with what is in the kernel already; `what` an earlier version said of it: the names of its "counters"
+        and of its "walks" (None: it is our own). Returns itself."""
         self.xdp_fd = kernel.program_fd("flow_xdp")
         self.ring_fd = kernel.map_fd("records")
         self.program_id = int(libbpf.program_info(self.xdp_fd).id)
@@ -285,7 +303,8 @@ class FlowProgram:
         self._input = MappedMap(kernel.map_fd(".data.input"), 16)
         self.clock = self._input.words
         self._cpus = syscall.possible_cpus()
-        self._names = names
+        if what is not None:
+            self._names, self._walks = what["counters"], what.get("walks", WALKS[:1])
         self._ring = Ring(self.ring_fd, ring_bytes)
         self._object = kernel
         return self
@@ -417,9 +436,15 @@ class FlowProgram:
         return self._object
 
     def _walk(self, mode: int, now_ns: int) -> _Walk:
-        walk = _Walk(mode=mode, now_ns=now_ns)
-        call_program(self._loaded().program_fd("flow_expire"), walk)
-        return walk
+        walks = []
+        for name in self._walks:
+            walk = _Walk(mode=mode, now_ns=now_ns)
+            call_program(self._loaded().program_fd(name), walk)
+            walks.append(walk)
+        total = _Walk()
+        for field in ("emitted", "removed", "failed", "flows", "packets", "bytes"):
+            setattr(total, field, sum(getattr(walk, field) for walk in walks))
+        return total
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def _held(pins: Pins) -> tuple[int, int, int]:
             mapped = MappedMap(state, JOURNAL_BYTES)
             journal = Journal(mapped.words)
             generation = journal.books.generation
-            program.adopt(PinnedObject(pins, generation), journal.description(generation)["counters"])
+            program.adopt(PinnedObject(pins, generation), journal.description(generation))
             table = program.table()
             return table.flows, table.packets, program.ring.waiting
         finally:

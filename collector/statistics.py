@@ -28,6 +28,9 @@ PROTOCOLS = ("TCP", "UDP", "ICMP", "OTHER")
 """Rows of the map `protocols` of counter.bpf.o, in order; ICMPv6 is ICMP, what is not IP or malformed is OTHER."""
 _HASHES = {"hash", "percpu_hash", "lru_hash", "lru_percpu_hash"}
 _ARRAYS = {"array", "percpu_array"}
+TABLE = ("flows", "front")
+"""The maps that together are the flow table: bpf/entry.h."""
+_PLACE_WORDS = 32  # struct place, of which the first says whether it is held
 _PAGE = mmap.PAGESIZE
 
 _libc = ct.CDLL(None, use_errno=True)
@@ -40,7 +43,8 @@ _libc.munmap.argtypes = (ct.c_void_p, ct.c_size_t)
 class MapStats:
     """One map: `size` and `used` in entries, of a ring in bytes (used: what waits for its reader); None: not countable.
 
-    An array has all its entries always. `memory` is what the kernel charges for it, in bytes.
+    An array has all its entries always, but for the front of the flow table, whose places may be free. `memory` is what
+    the kernel charges for it, in bytes.
     """
 
     map_id: int
@@ -80,6 +84,12 @@ class ProgramStats:
     def memory(self) -> int:
         """Bytes of the program and its maps."""
         return self.program_memory + sum(m.memory for m in self.maps)
+
+    @property
+    def table(self) -> tuple[int, int] | None:
+        """Entries of the flow table, in both its maps: used, and all; None where the program has none."""
+        maps = [m for m in self.maps if m.name in TABLE and m.used is not None]
+        return (sum(m.used or 0 for m in maps), sum(m.size for m in maps)) if maps else None
 
     def map(self, name: str) -> MapStats:
         """The map of that name. Raises KeyError."""
@@ -195,13 +205,26 @@ def _read_map(map_id: int) -> MapStats | None:
 
 def _used(fd: int, info: syscall.MapInfo, kind: str) -> int | None:
     if kind in _ARRAYS:
-        return int(info.max_entries)
+        front = info.name.decode() == TABLE[1] and info.value_size == 8 * _PLACE_WORDS
+        return _held(fd, int(info.max_entries)) if front else int(info.max_entries)
     if kind in _HASHES:
         copies = syscall.possible_cpus() if "percpu" in kind else 1
         with suppress(OSError):
             return syscall.count_entries(fd, info.key_size, -(-info.value_size // 8) * 8 * copies)
         return None
     return _waiting(fd) if kind == "ringbuf" else None
+
+
+def _held(fd: int, places: int) -> int | None:
+    """Places of the front that are not free."""
+    nbytes = 8 * _PLACE_WORDS * places
+    address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address in {None, ct.c_void_p(-1).value}:
+        return None
+    with memoryview((ct.c_uint64 * (_PLACE_WORDS * places)).from_address(address)) as words:
+        held = sum(map(bool, words.cast("B").cast("Q")[::_PLACE_WORDS]))
+    _libc.munmap(address, nbytes)
+    return held
 
 
 def _waiting(fd: int) -> int | None:

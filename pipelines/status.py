@@ -124,10 +124,11 @@ def _where_it_runs(program: Present) -> str:
 def _what_it_holds(program: Present) -> list[str]:
     """Fill of table and ring, what became of the packets, who has it."""
     out, counters = [], program.counters
+    if program.stats.table is not None:
+        used, size = program.stats.table
+        out.append(f"           flows: {used:,} of {size:,} entries ({used / size:.1%})")
     for m in program.stats.maps:
-        if m.type == "hash" and m.used is not None:
-            out.append(f"           {m.name}: {m.used:,} of {m.size:,} entries ({m.used / m.size:.1%})")
-        elif m.type == "ringbuf" and m.used is not None:
+        if m.type == "ringbuf" and m.used is not None:
             out.append(f"           {m.name}: {m.used:,} of {m.size:,} bytes wait in the ring")
     if "seen_packets" in counters:
         lost = ", ".join(f"{name} {n:,}" for name in reasons_of(counters) if (n := counters[f"{name}_packets"]))

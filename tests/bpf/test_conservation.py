@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from flowsage.collector.program import Loader
+from flowsage.collector.program import WALKS, FlowProgram, Loader, _Walk
 from flowsage.collector.ring import Records
-from flowsage.collector.testrun import measure
+from flowsage.collector.testrun import call_program, measure
 
 from .support import (
     SECOND,
@@ -39,6 +39,40 @@ def test_a_table_of_64_entries_under_ten_thousand_flows_degrades_and_loses_nothi
     assert counters["table_full"] == len(frames) - counters["created"]
     assert 64 <= counters["created"] < 64 + 16  # the kernel keeps a few elements more for its CPUs
     assert counters["lost_table_packets"] == 0
+
+
+def in_each_table(program: FlowProgram) -> list[int]:
+    """Flows in the hash and in the front."""
+    walks = [_Walk(mode=2) for _ in WALKS]
+    for name, walk in zip(WALKS, walks, strict=True):
+        call_program(program.program_fd(name), walk)
+    return [walk.flows for walk in walks]
+
+
+@both_loaders
+def test_a_flow_whose_place_is_taken_goes_to_the_hash_and_stays_and_a_place_given_back_is_taken_again(
+    loader: Loader,
+) -> None:
+    frames = udp_frames(40)
+    with loaded(table_entries=96, idle_ns=10 * SECOND, loader=loader) as program:
+        program.feed(frames, [SECOND] * 40)
+        (hashed, placed), again = in_each_table(program), []
+        assert hashed + placed == 40
+        assert 0 < placed <= 32
+        assert hashed
+        for now in range(2, 32, 2):
+            program.feed(frames, [now * SECOND] * 40)
+            again.append(in_each_table(program))
+        assert again == [[hashed, placed]] * len(again)
+        assert program.expire(100 * SECOND).removed == 40
+        assert in_each_table(program) == [0, 0]
+        program.feed(frames, [200 * SECOND] * 40)
+        assert in_each_table(program) == [hashed, placed]
+        counters = check_ledger(program)
+        records = drain_all(program)
+    assert counters["created"] == 80
+    assert counters["retries"] == counters["table_full"] == 0
+    assert sorted(r["packets_fwd"] for r in flows(records)) == [1] * 40 + [16] * 40
 
 
 def test_a_ring_of_4_kib_names_every_packet_that_fits_nowhere() -> None:
@@ -190,6 +224,7 @@ def test_a_tiny_ring_under_two_cpus_still_closes_the_ledger() -> None:
 HAMMERED = 300_000
 
 
+@pytest.mark.parametrize("entries", [4, 64], ids=["in the hash", "in the front"])
 @pytest.mark.parametrize(
     "frames",
     [
@@ -199,11 +234,11 @@ HAMMERED = 300_000
     ],
     ids=["one flow", "three flows in four elements", "ends and beginnings"],
 )
-def test_flows_closed_under_fire_from_another_cpu_keep_every_packet(frames: list[bytes]) -> None:
+def test_flows_closed_under_fire_from_another_cpu_keep_every_packet(frames: list[bytes], entries: int) -> None:
     """Packets follow each other inside the kernel, some 100 ns apart, while the table is flushed from another CPU: the
     words are taken and the elements reused under the packets' hands thousands of times."""
     cpus = sorted(os.sched_getaffinity(0))
-    with loaded(external_clock=False, table_entries=4, idle_ns=0, linger_ns=1) as program:
+    with loaded(external_clock=False, table_entries=entries, idle_ns=0, linger_ns=1) as program:
         batches: list[Records] = []
         done = threading.Event()
 

@@ -71,6 +71,10 @@ def test_each_direction_of_an_entry_has_a_cache_line() -> None:
     assert (element + entry["size"]) % 64 == 0
     assert (element + offsets(entry)["side"]) % 64 == 0
     assert structs["side"]["size"] == 64
+    # In the front, which is mapped and therefore begins on a page.
+    place = structs["place"]
+    assert place["size"] % 64 == 0
+    assert (offsets(place)["entry"] + offsets(entry)["side"]) % 64 == 0
 
 
 def test_counters_have_the_names_of_the_header() -> None:

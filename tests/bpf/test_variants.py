@@ -25,7 +25,7 @@ def built(folder: Path, file: str, old: str, new: str) -> Path:
 
 
 def test_flows_of_the_same_print_share_no_record_and_lose_no_packet(tmp_path: Path) -> None:
-    """Prints of 3 bits: 8 flows get an entry at most, the others' packets are records of their own."""
+    """Prints of 3 bits: 8 flows get an entry at most in each table, the others' packets are records of their own."""
     path = built(tmp_path, "parse.h", r"return print \^ print >> 29;", "return (print ^ print >> 29) & 7;")
     frames = udp_frames(100)
     with FlowProgram(FlowSettings(external_clock=True), path=path) as program:
@@ -34,7 +34,7 @@ def test_flows_of_the_same_print_share_no_record_and_lose_no_packet(tmp_path: Pa
         records = drain_all(program)
         check_ledger(program)
     assert totals(records) == (300, 3 * sum(map(len, frames)))
-    assert counters["created"] <= 8
+    assert counters["created"] <= 2 * 8
     assert counters["table_full"] == 300 - 3 * counters["created"]
     by_source = [(r["src"], r["packets_fwd"]) for r in flows(records)]
     assert len({source for source, _ in by_source}) == 100

@@ -221,7 +221,7 @@ def test_detach_leaves_no_program_map_link_or_pin_and_says_what_was_never_collec
     process = ready(start(watching, tmp_path))
     kinds = {"program": "prog", "map": "map", "link": "link", "egress": "link"}
     ours = {(kinds[p.name.partition("-")[0]], number_of(p)) for p in pins.rglob("*-*") if p.is_file()}
-    assert len(ours) == 3 + 4 + 2
+    assert len(ours) == 4 + 6 + 2
     assert all(exists(*one) for one in ours)
     os.environ["FLOWSAGE_SENSOR__PINS"] = str(pins)
     try:

@@ -137,8 +137,7 @@ def test_what_goes_on_without_a_process_is_found_and_status_shows_it(
         assert alone is not None
         assert alone.interfaces == ((pair.receiver, "drv"),)
         assert alone.sensors == {folder: None}
-        table = alone.stats.map("flows")
-        assert (table.used, table.size) == (3, 100)
+        assert alone.stats.table == (3, 100)
         assert (alone.counters["seen_packets"], alone.counters["accounted_packets"]) == (5, 4)
         shown = CliRunner().invoke(main, ["status", "--port", "1"])
         told = CliRunner().invoke(main, ["status", "--port", "1", "--json"])
@@ -150,7 +149,9 @@ def test_what_goes_on_without_a_process_is_found_and_status_shows_it(
     assert "5 packets seen, 4 in flows, 0 of them sent in 0 records; not in flows: non_ip 1" in shown.output
     assert f"pinned in {folder}: no process runs it, it counts on" in shown.output
     (row,) = (row for row in json.loads(told.output)["kernel"] if row["program_id"] == program_id)
-    assert row["maps"]["flows"] == {"type": "hash", "size": 100, "used": 3}
+    table = [row["maps"][name] for name in ("flows", "front")]
+    assert [(m["type"], m["size"]) for m in table] == [("hash", 68), ("array", 32)]
+    assert sum(m["used"] for m in table) == 3
     assert row["interfaces"] == {pair.receiver: "drv"}
     assert row["sensors"] == {str(folder): None}
 

@@ -153,7 +153,7 @@ def other_layout(tmp_path_factory) -> Path:
         if source.suffix in {".c", ".h"} or source.name == "Makefile":
             (folder / source.name).write_bytes(source.read_bytes())
     header = folder / "flow.h"
-    header.write_text(header.read_text().replace("define FLOW_LAYOUT_VERSION 1", "define FLOW_LAYOUT_VERSION 2"))
+    header.write_text(header.read_text().replace("define FLOW_LAYOUT_VERSION 2", "define FLOW_LAYOUT_VERSION 3"))
     subprocess.run(["make", "-s", "-C", folder, "flow.bpf.o"], check=True)
     return folder / "flow.bpf.o"
 

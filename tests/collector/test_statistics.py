@@ -53,17 +53,25 @@ def test_runs_are_counted_only_while_somebody_asks() -> None:
 def test_maps_are_described_with_size_fill_and_memory() -> None:
     with FlowProgram(FlowSettings(table_entries=20_000, ring_bytes=1 << 20, external_clock=True)) as program:
         program.feed(udp_frames(10_000), range(1, 10_001))
+        full = read_program(program.program_id)
+        assert full.table == (10_000, 20_000)
+        assert all(full.map(name).used for name in ("flows", "front"))
         program.expire(100 * SECOND)  # the ring takes 4,096 of them
         stats = read_program(program.program_id)
         assert stats.name == "flow_xdp"
-        table, ring, counters = (stats.map(name) for name in ("flows", "records", "counters"))
+        table, front, ring, counters = (stats.map(name) for name in ("flows", "front", "records", "counters"))
         left = program.table().flows
         assert 0 < left < 10_000
-        assert (table.type, table.size, table.used) == ("hash", 20_000, left)
-        assert table.fill == left / 20_000
+        assert (table.type, front.type, table.size + front.size) == ("hash", "array", 20_000)
+        assert table.used is not None
+        assert front.used is not None
+        assert table.used + front.used == left
+        assert stats.table == (left, 20_000)
+        assert table.fill == table.used / table.size
         assert (ring.type, ring.size, ring.used) == ("ringbuf", 1 << 20, (10_000 - left) * 256)
         assert (counters.type, counters.size, counters.used) == ("percpu_array", 1, 1)
-        assert table.memory >= 20_000 * (table.key_bytes + table.value_bytes)
+        assert table.memory >= table.size * (table.key_bytes + table.value_bytes)
+        assert front.memory >= front.size * front.value_bytes
         assert ring.memory >= 1 << 20
         assert stats.memory == stats.program_memory + sum(m.memory for m in stats.maps)
         program.ring.drain()
