@@ -50,6 +50,22 @@ def test_a_ring_that_wraps_around_many_times_keeps_order() -> None:
     assert starts == list(range(2 * SECOND, 2 * SECOND + 7)) * 50
 
 
+def test_a_window_that_moves_along_the_ring_shows_what_one_that_holds_it_all_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flowsage.collector.ring.WINDOW_BYTES", 2 * mmap.PAGESIZE)
+    starts: list[int] = []
+    with loaded(table_entries=1, ring_bytes=8 * mmap.PAGESIZE) as program:
+        for count, most in [(90, 5), (100, 33), (127, 40), (127, None), (60, 32)] * 3:  # 16 slots a page
+            fill(program, count)
+            while program.ring.waiting:
+                taken = program.ring.peek(most)
+                program.ring.release(taken.end)
+                starts += (taken.records["start_ns"] - 2 * SECOND).tolist()
+            assert starts == list(range(count))
+            starts = []
+
+
 def test_a_drain_takes_no_more_than_asked_and_fills_the_array_given() -> None:
     out = np.zeros(30, RECORD_DTYPE)
     with loaded(table_entries=1) as program:
