@@ -13,7 +13,7 @@ import select
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -121,7 +121,12 @@ class Agent:
         self.sink = sink
         self.clock = clock or UnixClock()
         self.lifetime = Lifetime(
-            settings.name, settings.flow_settings(), settings.pins, path=settings.program, loader=settings.loader
+            settings.name,
+            settings.flow_settings(),
+            settings.pins,
+            path=settings.program,
+            loader=settings.loader,
+            monotonic_ns=self.clock.monotonic_ns,
         )
         self.ledger = Ledger(self.lifetime.program)
         self.incomplete_sweeps = 0
@@ -386,7 +391,8 @@ class Agent:
             if self._final is not None:
                 return self._final
             counts = getattr(self.sink, "counts", None)
-            return self.ledger.snapshot(counts if isinstance(counts, PublishCounts) else None, walk=walk)
+            now = self.ledger.snapshot(counts if isinstance(counts, PublishCounts) else None, walk=walk)
+            return replace(now, unwatched_ns=dict(self.lifetime.unwatched_ns))
 
     def interfaces(self) -> dict[str, str]:
         """State of each interface: "watched", "down" (attached, no carrier) or "missing"."""

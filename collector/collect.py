@@ -101,5 +101,6 @@ def summary(ledger: Snapshot) -> str:
         + (f", {', '.join(reasons)}" if reasons else "")
         + (f"; {ledger.records_pending:,} records wait in the spool" if ledger.records_pending else "")
         + (f"; {lost:,} records lost ({', '.join(ledger.records_lost)})" if lost else "")
+        + "".join(f"; {name} was not watched for {ns / 1e6:.1f} ms" for name, ns in ledger.unwatched_ns.items())
         + ("; the ledger closes" if ledger.closes else f"; the ledger does NOT close: {ledger.balance} packets")
     )

@@ -52,7 +52,8 @@ class Snapshot:
     table where the sensor was `quiet`, what the counters leave for it otherwise; `in_ring` has been emitted and not yet
     drained. `events` are the program's counters of what is no packet (retries, records made because the table was
     full, …). Records: emitted by the program, drained, resumed from an earlier run's spool, acknowledged, pending in
-    the spool, and lost by reason.
+    the spool, and lost by reason. `unwatched_ns`: how long this process left an interface to change its mode; what came
+    meanwhile is not in `seen`.
     """
 
     seen: Count
@@ -76,6 +77,7 @@ class Snapshot:
     records_balance: int
     protocols: dict[str, Count] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
+    unwatched_ns: dict[str, int] = field(default_factory=dict)
 
     @property
     def closes(self) -> bool:
@@ -115,6 +117,7 @@ class Snapshot:
             },
             "protocols": {name: asdict(count) for name, count in self.protocols.items()},
             "events": self.events,
+            "unwatched_ns": self.unwatched_ns,
             "balance": self.balance,
             "bytes_balance": self.bytes_balance,
             "records_balance": self.records_balance,

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from flowsage.collector import libbpf, pins, syscall
 from flowsage.collector.egress import EgressAttachment, attach_egress
-from flowsage.collector.errors import ProgramError
+from flowsage.collector.errors import FlowsageError, ProgramError
 from flowsage.collector.interface import index_of
 from flowsage.collector.journal import JOURNAL_BYTES, Books, Journal
 from flowsage.collector.pins import PinnedObject, Pins
@@ -42,7 +44,14 @@ class Lifetime:
     """
 
     def __init__(
-        self, name: str, settings: FlowSettings, root: Path | None, *, path: Path = OBJECT, loader: Loader = "auto"
+        self,
+        name: str,
+        settings: FlowSettings,
+        root: Path | None,
+        *,
+        path: Path = OBJECT,
+        loader: Loader = "auto",
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.name = name
         self.root = root
@@ -52,6 +61,8 @@ class Lifetime:
         self.journal = Journal()
         self.adopted = False
         self.attachments: dict[str, Attached] = {}
+        self.unwatched_ns: dict[str, int] = {}
+        self._monotonic_ns = monotonic_ns
         self._pins: Pins | None = None
         self._mapped: MappedMap | None = None
 
@@ -209,22 +220,39 @@ class Lifetime:
     # ---- interfaces ----
 
     def attach(self, interface: str, mode: EBPFAttachMode, *, replace: bool = False) -> Attachment:
-        """Watch what arrives at `interface`; a link of an earlier process, or of another program of ours, goes on."""
+        """Watch what arrives at `interface`; a link of an earlier process, or of another program of ours, goes on.
+
+        In another `mode` than it asks for it cannot: the kernel runs a program natively or not, never two of them. What
+        arrives between the two is not counted, and `unwatched_ns` says how long that was.
+        """
         name = f"link-{interface}"
         fd = self._linked(name, interface)
         there = attached_program(interface)
+        before = None
+        since = self._monotonic_ns()
         if fd is not None:
             link = syscall.info(fd, syscall.LinkInfo)
-            if there is not None and there[1] == link.prog_id and mode in {EBPFAttachMode.AUTO, there[0]}:
+            before = EBPFAttachMode(there[0]) if there is not None and there[1] == link.prog_id else None
+            if before is not None and mode in {EBPFAttachMode.AUTO, before}:
                 if link.prog_id != self.program.program_id:
                     pins.link_update(fd, self.program.xdp_fd)
-                actual = EBPFAttachMode(there[0])
-                attachment = Attachment(interface, link.ifindex, actual, self.program.program_id, fd)
+                attachment = Attachment(interface, link.ifindex, before, self.program.program_id, fd)
                 self.attachments[name] = attachment
                 return attachment
             self._take_off(name, fd)
-        attachment = attach(self.program.xdp_fd, interface, mode, replace=replace)
+        try:
+            attachment = attach(self.program.xdp_fd, interface, mode, replace=replace)
+        except FlowsageError:
+            if before is not None:
+                self._keep(name, attach(self.program.xdp_fd, interface, before))
+            raise
         self._keep(name, attachment)
+        if before is not None:
+            self.unwatched_ns[interface] = gap = self._monotonic_ns() - since
+            logger.warning(
+                "%s changes from %s to %s mode, which leaves a gap: what arrived within %.1f ms is not counted",
+                *(interface, before.value, attachment.mode.value, gap / 1e6),
+            )
         return attachment
 
     def attach_egress(self, interface: str) -> EgressAttachment:

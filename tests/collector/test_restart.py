@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -132,6 +133,26 @@ def test_killed_at_the_worst_places_it_goes_on_exactly_there(cable, pins, tmp_pa
         assert sum(told.values()) == sent - 49
     assert set(told.values()) == {1}
     assert objects_of(pins) == set()
+
+
+def test_another_mode_leaves_a_gap_which_is_told_and_one_that_cannot_be_had_leaves_none(cable, pins, tmp_path):
+    generic = settings(cable, pins, mode="skb", idle_timeout=60_000 * MS)
+    kill(ready(start(generic, tmp_path)))
+    sent = cable.send(*[udp("10.0.0.1", "10.0.0.2", 7)] * 3)
+    _, err = start(replace(generic, mode="hw"), tmp_path).communicate(timeout=20)
+    assert "cannot run XDP in mode hw" in err
+    sent += cable.send(*[udp("10.0.0.1", "10.0.0.2", 7)] * 4)
+    process = ready(start(replace(generic, mode="drv"), tmp_path))
+    sent += cable.send(*[udp("10.0.0.1", "10.0.0.2", 7)] * 5)
+    process.terminate()
+    out, err = process.communicate(timeout=20)
+    ledger = json.loads(out)
+    assert ledger["packets"] == sent == 12
+    assert ledger["unwatched_ns"].keys() == {cable.port}
+    assert (
+        f"{cable.port} was not watched for {ledger['unwatched_ns'][cable.port] / 1e6:.1f} ms; the ledger closes" in err
+    )
+    assert written(tmp_path)["packets_fwd"].to_pylist() == [12]
 
 
 def test_killed_without_a_pin_it_leaves_nothing_and_pinned_it_goes_on_counting(cable, pins, tmp_path):
