@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowsage.collector.agent import Agent, AgentSettings
+    from flowsage.collector.agent import Agent
+    from flowsage.collector.agent_settings import AgentSettings
     from flowsage.collector.errors import (
         AttachmentError,
         AttachModeError,
@@ -66,7 +67,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "agent": ("Agent", "AgentSettings"),
+    "agent": ("Agent",),
+    "agent_settings": ("AgentSettings",),
     "errors": (
         "AttachModeError", "AttachmentError", "BusyInterfaceError", "BusySensorError", "ConfigurationError",
         "FlowsageError", "InterfaceError", "KernelSupportError", "MissingInterfaceError", "MissingLoaderError",

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flowsage.collector import privileges
-from flowsage.collector.agent import Agent, AgentSettings
+from flowsage.collector.agent import Agent
+from flowsage.collector.agent_settings import AgentSettings
 from flowsage.collector.errors import UsageError
 from flowsage.collector.interface import enter_namespace
 from flowsage.collector.ledger import Snapshot

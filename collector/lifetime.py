@@ -22,9 +22,11 @@ from flowsage.collector.egress import EgressAttachment, attach_egress
 from flowsage.collector.errors import FlowsageError, ProgramError
 from flowsage.collector.interface import index_of
 from flowsage.collector.journal import JOURNAL_BYTES, Books, Journal
+from flowsage.collector.kernel_object import OBJECT, Loader
 from flowsage.collector.pins import PinnedObject, Pins
-from flowsage.collector.program import COUNTERS, KEPT, OBJECT, WALKS, FlowProgram, FlowSettings, Loader
+from flowsage.collector.program import COUNTERS, KEPT, FlowProgram, FlowSettings
 from flowsage.collector.ring import MappedMap
+from flowsage.collector.walk import WALKS
 from flowsage.collector.xdp import Attachment, EBPFAttachMode, attach, attached_program
 
 logger = logging.getLogger(__name__)
@@ -222,14 +224,12 @@ class Lifetime:
     def attach(self, interface: str, mode: EBPFAttachMode, *, replace: bool = False) -> Attachment:
         """Watch what arrives at `interface`; a link of an earlier process, or of another program of ours, goes on.
 
-        In another `mode` than it asks for it cannot: the kernel runs a program natively or not, never two of them. What
-        arrives between the two is not counted, and `unwatched_ns` says how long that was.
+        Not in another `mode`: the kernel runs one program natively or one not, never both. What arrives between the two
+        is not counted; `unwatched_ns` says how long that was.
         """
         name = f"link-{interface}"
         fd = self._linked(name, interface)
-        there = attached_program(interface)
-        before = None
-        since = self._monotonic_ns()
+        there, before, since = attached_program(interface), None, self._monotonic_ns()
         if fd is not None:
             link = syscall.info(fd, syscall.LinkInfo)
             before = EBPFAttachMode(there[0]) if there is not None and there[1] == link.prog_id else None
@@ -249,10 +249,8 @@ class Lifetime:
         self._keep(name, attachment)
         if before is not None:
             self.unwatched_ns[interface] = gap = self._monotonic_ns() - since
-            logger.warning(
-                "%s changes from %s to %s mode, which leaves a gap: what arrived within %.1f ms is not counted",
-                *(interface, before.value, attachment.mode.value, gap / 1e6),
-            )
+            what = f"{interface} changes from {before} to {attachment.mode} mode"
+            logger.warning("%s, which leaves a gap: what arrived within %.1f ms is not counted", what, gap / 1e6)
         return attachment
 
     def attach_egress(self, interface: str) -> EgressAttachment:

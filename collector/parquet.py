@@ -38,8 +38,8 @@ class ParquetOutput(Sink):
 
     rotate_bytes, rotate_s    a file is finished once its stream has this size (some 200 bytes a record), or this long
                               after it was begun
-    row_group                 rows of a row group, at least (fewer in the last): a batch of the agent, since two at once take
-                              10 MB more
+    row_group                 rows of a row group, at least (fewer in the last): a batch of the agent, since two at once
+                              take 10 MB more
 
     `files` names those that this process has finished, in order; `cut_bytes` is what a killed process had written of a
     batch that was not whole. Raises UsageError for a directory that cannot be used, OutputError when the disk takes no
@@ -269,7 +269,7 @@ class _Appender(io.RawIOBase):
 
 _END_BYTES = 8
 _DICTIONARIES = [field.name for field in FLOW_SCHEMA if pa.types.is_dictionary(field.type)]
-"""A dictionary for every column of numbers would cost 10 MB while it is gathered, and make the file a quarter larger."""
+"""Dictionaries for columns of numbers too would take 10 MB more and make the file a quarter larger."""
 
 
 def _final(path: Path) -> Path:

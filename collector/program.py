@@ -11,109 +11,46 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
-import flowsage.bpf
 from flowsage.collector import libbpf, syscall
 from flowsage.collector.errors import ConfigurationError, InterfaceError, ProgramError
+from flowsage.collector.kernel_object import OBJECT, KernelObject, LoadableObject, Loader, open_object
 from flowsage.collector.ring import MappedMap, Records, Ring
-from flowsage.collector.testrun import TestRunner, call_program, measure
+from flowsage.collector.testrun import TestRunner, measure
+from flowsage.collector.walk import COUNT, EXPIRE, FLUSH, WALKS, TableTotals, Walk, WalkContext, walk_table
 from flowsage.collector.xdp import Attachment, EBPFAttachMode, attach
 
-OBJECT = Path(flowsage.bpf.__file__).resolve().parent / "flow.bpf.o"
-"""Where the object that belongs to this code lies."""
-
 COUNTERS = (
-    "seen_packets",
-    "seen_bytes",
-    "accounted_packets",
-    "accounted_bytes",
-    "non_ip_packets",
-    "non_ip_bytes",
-    "malformed_packets",
-    "malformed_bytes",
-    "truncated_packets",
-    "truncated_bytes",
-    "lost_table_packets",
-    "lost_table_bytes",
-    "lost_closed_packets",
-    "lost_closed_bytes",
+    "seen_packets", "seen_bytes",
+    "accounted_packets", "accounted_bytes",
+    "non_ip_packets", "non_ip_bytes",
+    "malformed_packets", "malformed_bytes",
+    "truncated_packets", "truncated_bytes",
+    "lost_table_packets", "lost_table_bytes",
+    "lost_closed_packets", "lost_closed_bytes",
     "emitted_records",
-    "emitted_packets",
-    "emitted_bytes",
-    "fragment_nonfirst",
-    "created",
-    "table_full",
-    "closed_race",
-    "retries",
-    "misattributed",
+    "emitted_packets", "emitted_bytes",
+    "fragment_nonfirst", "created", "table_full", "closed_race", "retries", "misattributed",
     "ring_full",
-    "packets_tcp",
-    "bytes_tcp",
-    "packets_udp",
-    "bytes_udp",
-    "packets_icmp",
-    "bytes_icmp",
-    "duplicate_packets",
-    "duplicate_bytes",
-)
+    "packets_tcp", "bytes_tcp",
+    "packets_udp", "bytes_udp",
+    "packets_icmp", "bytes_icmp",
+    "duplicate_packets", "duplicate_bytes",
+)  # fmt: skip
 """enum flow_counter of bpf/flow.h, in order, in lower case and without its prefix."""
 
 KEPT = ("flows", "front", "cells", "records", "counters")
 """The maps that hold what has been counted: an upgrade either keeps them all, or empties them."""
 
-WALKS = ("flow_expire", "flow_front")
-"""The programs that walk over the table, each over one of its maps."""
-
-Loader = Literal["auto", "libbpf", "bcc"]
-
 _SECOND = 1_000_000_000
 _PAGE = 4096
 _FRONT_LEAST = 4
 _CELLS_PER_PLACE = 2  # of bpf/entry.h
-
-
-class KernelObject(Protocol):
-    """Programs and maps in the kernel: a loaded object, or what an earlier process has pinned."""
-
-    def program_fd(self, name: str) -> int:
-        """Descriptor of a program. Raises ProgramError where there is none of that name."""
-
-    def map_fd(self, name: str) -> int:
-        """Descriptor of a map. Raises ProgramError where there is none of that name."""
-
-    def close(self) -> None:
-        """Give the descriptors back. Idempotent."""
-
-
-class LoadableObject(KernelObject, Protocol):
-    """One that is not in the kernel yet: `libbpf.Object`, `bcc_object.BccObject`."""
-
-    def resize(self, name: str, entries: int) -> None:
-        """Before load: the number of entries of a map (a ring: of bytes)."""
-
-    def data(self, name: str, kind: type[ct.Structure]) -> Any:
-        """Before load: the memory of a global, to be written."""
-
-    def load(self) -> None:
-        """Hands everything to the kernel and its verifier."""
-
-
-def open_object(path: Path = OBJECT, loader: Loader = "auto") -> LoadableObject:
-    """The object at `path` by libbpf, or, for "bcc", its source beside it compiled now.
-
-    "auto" prefers the object, where there is one (BCC needs libbpf too). Raises ObjectError, KernelSupportError.
-    """
-    if loader == "bcc" or (loader == "auto" and not path.is_file() and find_spec("bcc") is not None):
-        compiled: LoadableObject = import_module("flowsage.collector.bcc_object").BccObject(path)
-        return compiled
-    return libbpf.Object(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,45 +118,6 @@ class _Settings(ct.Structure):
         ("dedupe", ct.c_uint8),
         ("pad", ct.c_uint8 * 3),
     )
-
-
-class _Walk(ct.Structure):
-    """struct flow_walk."""
-
-    _fields_ = (
-        ("now_ns", ct.c_uint64),
-        ("mode", ct.c_uint32),
-        ("pad", ct.c_uint32),
-        ("emitted", ct.c_uint64),
-        ("removed", ct.c_uint64),
-        ("failed", ct.c_uint64),
-        ("flows", ct.c_uint64),
-        ("packets", ct.c_uint64),
-        ("bytes", ct.c_uint64),
-    )
-
-
-_EXPIRE, _FLUSH, _COUNT = range(3)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What a walk over the table did: records `emitted`, entries `removed`, entries that should have been emitted but
-    `failed` (the ring is full: drain and walk again), entries seen that stay (`kept`)."""
-
-    emitted: int
-    removed: int
-    failed: int
-    kept: int
-
-
-@dataclass(frozen=True)
-class TableTotals:
-    """What the table holds: exact when no packet arrives meanwhile."""
-
-    flows: int
-    packets: int
-    bytes: int
 
 
 class FlowProgram:
@@ -387,19 +285,19 @@ class FlowProgram:
 
     def table(self) -> TableTotals:
         """Flows, packets and bytes that the table holds now."""
-        walk = self._walk(_COUNT, 0)
+        walk = self._walk(COUNT)
         return TableTotals(walk.flows, walk.packets, walk.bytes)
 
     # ---- records ----
 
     def expire(self, now_ns: int = 0) -> Walk:
         """Emits what has ended or timed out at `now_ns` of the program's clock (0: what its clock says)."""
-        walk = self._walk(_EXPIRE, now_ns)
+        walk = self._walk(EXPIRE, now_ns)
         return Walk(walk.emitted, walk.removed, walk.failed, walk.flows)
 
     def flush(self) -> Walk:
         """Emits everything that fits the ring; `failed` says whether to drain and flush again (see `flush_all`)."""
-        walk = self._walk(_FLUSH, 0)
+        walk = self._walk(FLUSH)
         return Walk(walk.emitted, walk.removed, walk.failed, walk.flows)
 
     def flush_all(self) -> Iterator[Records]:
@@ -435,16 +333,8 @@ class FlowProgram:
             raise ProgramError("the flow program is not loaded; call load() first")
         return self._object
 
-    def _walk(self, mode: int, now_ns: int) -> _Walk:
-        walks = []
-        for name in self._walks:
-            walk = _Walk(mode=mode, now_ns=now_ns)
-            call_program(self._loaded().program_fd(name), walk)
-            walks.append(walk)
-        total = _Walk()
-        for field in ("emitted", "removed", "failed", "flows", "packets", "bytes"):
-            setattr(total, field, sum(getattr(walk, field) for walk in walks))
-        return total
+    def _walk(self, mode: int, now_ns: int = 0) -> WalkContext:
+        return walk_table(map(self._loaded().program_fd, self._walks), mode, now_ns)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from flowsage.collector.agent import Agent, AgentSettings
+from flowsage.collector.agent import Agent
+from flowsage.collector.agent_settings import AgentSettings
 from flowsage.collector.collect import collect, summary
 from flowsage.collector.program import FlowSettings
 from flowsage.collector.publish import Publisher

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flowsage.collector.agent import AgentSettings
+from flowsage.collector.agent_settings import AgentSettings
 from flowsage.collector.errors import CaptureError
 from flowsage.collector.feed import capture_settings, feed_capture
 from flowsage.collector.program import FlowSettings, flow_program

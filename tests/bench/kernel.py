@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 from scapy.all import IP, TCP, Ether, Raw
 
-from flowsage.collector.program import FlowProgram, FlowSettings, Loader
+from flowsage.collector.kernel_object import Loader
+from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.testrun import measure
 from tests.bench.rows import Row
 from tests.bpf.support import ROOT, run_make, udp_frames

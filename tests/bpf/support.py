@@ -16,7 +16,8 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from flowsage.collector.program import FlowProgram, FlowSettings, Loader
+from flowsage.collector.kernel_object import Loader
+from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.ring import Records
 from flowsage.collector.testrun import TestRunner
 

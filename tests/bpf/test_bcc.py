@@ -11,7 +11,8 @@ from flowsage.collector import libbpf
 from flowsage.collector.bcc_object import BccObject
 from flowsage.collector.errors import KernelSupportError, MissingLoaderError, ObjectError, ProgramError, RejectedError
 from flowsage.collector.kernel_headers import KernelHeaders, find_headers
-from flowsage.collector.program import OBJECT, FlowProgram, FlowSettings, Loader
+from flowsage.collector.kernel_object import OBJECT, Loader
+from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.ring import Records
 
 from .support import SECOND, build, drain_all, loaded, needs_root, tcp, udp, udp_frames

@@ -7,9 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from flowsage.collector.program import WALKS, FlowProgram, Loader, _Walk
+from flowsage.collector.kernel_object import Loader
+from flowsage.collector.program import FlowProgram
 from flowsage.collector.ring import Records
 from flowsage.collector.testrun import call_program, measure
+from flowsage.collector.walk import WALKS, WalkContext
 
 from .support import (
     SECOND,
@@ -43,7 +45,7 @@ def test_a_table_of_64_entries_under_ten_thousand_flows_degrades_and_loses_nothi
 
 def in_each_table(program: FlowProgram) -> list[int]:
     """Flows in the hash and in the front."""
-    walks = [_Walk(mode=2) for _ in WALKS]
+    walks = [WalkContext(mode=2) for _ in WALKS]
     for name, walk in zip(WALKS, walks, strict=True):
         call_program(program.program_fd(name), walk)
     return [walk.flows for walk in walks]

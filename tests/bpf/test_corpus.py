@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from flowsage.collector.capture import Capture
-from flowsage.collector.program import FlowProgram, FlowSettings, Loader
+from flowsage.collector.kernel_object import Loader
+from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.xdp import EBPFAttachMode
 
 from .support import both_loaders, build, check_ledger, drain_all, flows, needs_root

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from flowsage.collector.program import FlowProgram, Loader
+from flowsage.collector.kernel_object import Loader
+from flowsage.collector.program import FlowProgram
 
 from .support import SECOND, both_loaders, check_ledger, drain_all, flows, leaving, loaded, needs_root, tcp, udp
 from .test_lifetime import closed

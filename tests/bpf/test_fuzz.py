@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flowsage.collector.capture import Capture
-from flowsage.collector.program import Loader
+from flowsage.collector.kernel_object import Loader
 
 from .support import drain_all, flows, leaving, loaded, needs_root
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowsage.collector.program import COUNTERS, _Settings, _Walk
+from flowsage.collector.program import _CELLS_PER_PLACE, COUNTERS, _Settings
 from flowsage.collector.records import DIRECTION_DTYPE, RECORD_DTYPE
 from flowsage.collector.ring import SLOT_BYTES, SLOT_DTYPE
+from flowsage.collector.walk import WalkContext
 
 from .support import ROOT, build
 
@@ -54,7 +55,7 @@ def test_records_lie_as_clang_laid_them(
     assert structs[name]["size"] == dtype.itemsize
 
 
-@pytest.mark.parametrize(("name", "mine"), [("flow_settings", _Settings), ("flow_walk", _Walk)])
+@pytest.mark.parametrize(("name", "mine"), [("flow_settings", _Settings), ("flow_walk", WalkContext)])
 def test_contexts_lie_as_clang_laid_them(structs: dict[str, dict[str, Any]], name: str, mine: Any) -> None:
     assert offsets(structs[name]) == {field: getattr(mine, field).offset for field, _ in mine._fields_}
 
@@ -71,6 +72,8 @@ def test_each_direction_of_an_entry_has_a_cache_line() -> None:
     assert (element + entry["size"]) % 64 == 0
     assert (element + offsets(entry)["side"]) % 64 == 0
     assert structs["side"]["size"] == 64
+    header = (ROOT / "bpf" / "entry.h").read_text()
+    assert f"#define CELLS_PER_PLACE {_CELLS_PER_PLACE}\n" in header
     # In the front, which is mapped and therefore begins on a page.
     place = structs["place"]
     assert place["size"] % 64 == 0

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from flowsage.collector.program import FlowProgram, FlowSettings, Loader
+from flowsage.collector.kernel_object import Loader
+from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.testrun import verdict
 
 from .support import SECOND, both_loaders, check_ledger, drain_all, flows, loaded, needs_root, tcp, udp

@@ -8,7 +8,7 @@ from operator import or_
 import numpy as np
 import pytest
 
-from flowsage.collector.program import Loader
+from flowsage.collector.kernel_object import Loader
 
 from .support import SECOND, both_loaders, drain_all, flows, loaded, needs_root, tcp
 

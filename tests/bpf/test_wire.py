@@ -10,7 +10,8 @@ from scapy.layers.inet import IP, UDP
 
 from flowsage.collector.egress import attach_egress
 from flowsage.collector.interface import in_namespace
-from flowsage.collector.program import FlowProgram, FlowSettings, Loader
+from flowsage.collector.kernel_object import Loader
+from flowsage.collector.program import FlowProgram, FlowSettings
 from flowsage.collector.xdp import EBPFAttachMode
 
 from .support import both_loaders, build, check_ledger, drain_all, ethernet, flows, needs_root

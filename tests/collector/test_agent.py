@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from flowsage.collector import syscall
-from flowsage.collector.agent import Agent, AgentSettings
+from flowsage.collector.agent import Agent
+from flowsage.collector.agent_settings import AgentSettings
 from flowsage.collector.clock import CLOCK_STEP_NS, UnixClock
 from flowsage.collector.errors import ConfigurationError, InterfaceError
 from flowsage.collector.interface import in_namespace, read_interface

@@ -16,7 +16,7 @@ import pytest
 
 from flowsage.collector import syscall
 from flowsage.collector.interface import in_namespace, read_interface
-from flowsage.collector.program import OBJECT
+from flowsage.collector.kernel_object import OBJECT
 from tests.collector.sensor_process import end, ready, start
 from tests.collector.test_restart import MS, objects_of, packets_of_flows, settings, written
 from tests.collector.wires import Wire, attached, eventually, ip, start_blast, udp, wire

@@ -24,7 +24,7 @@ def cable():
 COLLECT = """
 import sys
 from flowsage.collector.collect import collect, summary
-from flowsage.collector.agent import AgentSettings
+from flowsage.collector.agent_settings import AgentSettings
 from flowsage.collector.errors import FlowsageError
 assert not {"torch", "numba", "polars", "pyroute2"} & set(sys.modules)
 try:

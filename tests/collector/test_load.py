@@ -4,7 +4,8 @@ import time
 
 import pyarrow as pa
 
-from flowsage.collector.agent import Agent, AgentSettings
+from flowsage.collector.agent import Agent
+from flowsage.collector.agent_settings import AgentSettings
 from flowsage.collector.records import packets_in
 from flowsage.collector.sink import Origin, Sink
 from tests.collector.wires import start_blast, wire

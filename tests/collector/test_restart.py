@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import flowsage.bpf
-from flowsage.collector.agent import AgentSettings
+from flowsage.collector.agent_settings import AgentSettings
 from flowsage.collector.interface import in_namespace
 from flowsage.collector.records import FLOW_SCHEMA
 from flowsage.collector.xdp import attached_program

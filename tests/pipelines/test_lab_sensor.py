@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from flowsage.collector.agent import Agent, AgentSettings
+from flowsage.collector.agent import Agent
+from flowsage.collector.agent_settings import AgentSettings
 from flowsage.pipelines.lab import Lab, LabSettings, in_namespace, label_flows
 from tests.pipelines.lab_played import needs_root, packets_of
 

@@ -215,7 +215,7 @@ def test_a_sensor_that_is_killed_with_batches_on_disk_is_followed_by_one_that_se
 COLLECTED = """
     import json, sys
     from pathlib import Path
-    from flowsage.collector.agent import AgentSettings
+    from flowsage.collector.agent_settings import AgentSettings
     from flowsage.collector.collect import collect
     from flowsage.pipelines.config import load
     from flowsage.pipelines.sensor import kafka_publisher
