@@ -195,11 +195,11 @@ def _alarms(table: pa.Table) -> np.ndarray:
 JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "ablation": ablation,
     "enterprise": enterprise,
+    **{f"ablate {n}": lambda data, n=n: ablate_file(data, n) for n in ("ctu50_sensors", "dapt2020", "ctu_sme11")},  # type: ignore[misc]
     **{f"rank {n}": lambda data, n=n: file(data, n) for n in ("darpa98", "rita_beacon", "ctu50_sensors")},  # type: ignore[misc]
     "benign darpa98": lambda data: benign(data, "darpa98", "none"),
     **{f"inject {n}": lambda data, n=n: injections(data, n) for n in INJECTED},  # type: ignore[misc]
     **{f"confound {n}": lambda data, n=n: confounders(data, n) for n in INJECTED},  # type: ignore[misc]
-    **{f"ablate {n}": lambda data, n=n: ablate_file(data, n) for n in ("dapt2020", "ctu50_sensors", "ctu_sme11")},  # type: ignore[misc]
     **{f"rank {n}": lambda data, n=n: file(data, n) for n in ("westermo", "dapt2020", "iot23_34_1", "ctu_sme11")},  # type: ignore[misc]
     **{f"benign {n}": lambda data, n=n: benign(data, n) for n in SMALL},  # type: ignore[misc]
 }
