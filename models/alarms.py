@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,14 +19,15 @@ import pyarrow.compute as pc
 from flowsage.collector.errors import ConfigurationError
 from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts
-from flowsage.graph.flows import HostTable, UInt64, hash_names
+from flowsage.graph.flows import HostTable, UInt64
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
 from flowsage.models.calibration import Calibration, Readiness
 from flowsage.models.cells import CELL, Memory, by_group
 from flowsage.models.episodes import QUIET, Episodes, Offer
-from flowsage.models.explain import META, Explained, explain
+from flowsage.models.explain import META
 from flowsage.models.finding import Evidence, Finding
+from flowsage.models.reasons import Asked, Reasons
 
 __all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding", "Looked"]
 
@@ -46,22 +47,6 @@ PIECE = 1 << 19
 VERSION = 3
 
 _BEST, _RUN = by_group("best"), by_group("run")
-
-
-class Said(Protocol):
-    """What a witness says of a first meeting (`testimony.Testimony` is one)."""
-
-    @property
-    def text(self) -> str:
-        """For a person: goes on where the evidence's own text ends."""
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """For a program."""
-
-
-Asked = Callable[[int, int, int], Said | None]
-"""A witness: asked about source hash, target hash, service code."""
 
 
 class Looked(Protocol):
@@ -376,93 +361,21 @@ class Alarms:
         found, values = found[order], values[order]
         first = np.r_[True, (np.diff(found[:, [4, 0]], axis=0) != 0).any(1)]
         names = self.memory.hosts.arrays["name"]
+        assert self._origin_ns is not None
+        reasons = Reasons(
+            self.memory, (self._log_meta, self._log_inc), self._origin_ns, self._now, self._block_ns / 1e9, self._tau,
+            self._span, self._fade, self.witness,
+        )  # fmt: skip
         offers = []
         for (a, row, contact, _, host), (excess, x, record, p) in zip(found[first], values[first], strict=True):
-            why = self._why(c, int(a), int(row), int(contact), x, record)
+            why = reasons.of(c, int(a), int(row), int(contact), x, record)
             offers.append(Offer(str(names[host]), int(a), float(p), why, float(excess)))
         return offers
-
-    def _why(self, c: Contacts, a: int, row: int, contact: int, x: float, record: float) -> Any:
-        """How to explain one alarm, when somebody is to be told."""
-
-        def why() -> Explained:
-            assert self._origin_ns is not None
-            m = self.memory
-            names = m.hosts.arrays["name"]
-            source, target = (int(v) for v in m.hosts.table.find(c.hosts.hash[[c.src[contact], c.dst[contact]]]))
-            key = source, target, int(c.service[contact])
-            log, times = (self._log_meta, self._log_inc), (int(self._now * 1e9), self._origin_ns)
-            if a == an.JOINT:
-                causes = m.hosts.arrays["causes"][source]
-                told = ", ".join(an.FAMILIES[f] for f in np.argsort(-causes, kind="stable") if causes[f] > 0)
-                lead = self._lead(c, contact, source)
-                if lead is None:
-                    tau = float(self._block_ns / 1e9)
-                    found = explain(log, names, a, key, x, record, *times, tau)
-                    return replace(found, sentence=f"{found.sentence}: {told}")
-                found = explain(log, names, lead[0], key, lead[1], lead[2], *times, float(self._tau[lead[0]]))
-                sentence = f"{found.sentence}; unusual at once in {told}"
-                return replace(found, sentence=sentence, lead=an.NAMES[lead[0]])
-            if a == an.BEACON:
-                s = m.contacts.arrays["beat"][row]
-                period = float(np.exp(s[beacon.MEAN]))
-                beat = (period, float(np.sqrt(s[beacon.SQUARES] / max(1.0, s[beacon.GAPS]))), int(s[beacon.BEATS]))
-                return explain(log, names, a, key, x, record, *times, max(period * (beat[2] + 1), 1.0), beat)
-            return explain(log, names, a, key, x, record, *times, float(self._tau[a]))
-
-        return lambda: self._testified(why())
-
-    def _testified(self, found: Explained) -> Explained:
-        """With what the witness has to say of the first meetings in it."""
-        if self.witness is None:
-            return found
-        evidence = list(found.evidence)
-        for i, e in enumerate(evidence):
-            if e.name != an.NAMES[an.MEETING] or e.dst is None or e.service is None:
-                continue
-            source, target = (int(h) for h in hash_names(pa.array([e.src, e.dst])))
-            said = self.witness(source, target, e.service)
-            if said is not None:
-                evidence[i] = replace(
-                    e, text=f"{e.text}; {said.text}" if said.text else e.text, facts=e.facts | said.facts
-                )
-        return replace(found, evidence=tuple(evidence))
 
     def host_name(self, host: int) -> str | None:
         """Name of the host with this hash, None where it is not remembered."""
         slot = int(self.memory.hosts.table.find(np.array([host], np.uint64))[0])
         return str(self.memory.hosts.arrays["name"][slot]) if slot >= 0 else None
-
-    def _lead(self, c: Contacts, contact: int, source: int) -> tuple[int, float, float] | None:
-        """Of the analytics behind a joint alarm the one to tell it by: (analytic, x, record), None if none is summed.
-
-        It is the one of the strongest family whose level, at a key of the contact judged last, exceeds its record most;
-        the next family's where that family has none.
-        """
-        m, now = self.memory, self._now
-        keys = np.empty((3, 1), np.uint64)
-        source_hash, target_hash = c.hosts.hash[c.src[[contact]]], c.hosts.hash[c.dst[[contact]]]
-        levels.key_hashes(source_hash, target_hash, np.ascontiguousarray(c.service[[contact]]), keys)
-        stores = m.hosts, m.services, m.pairs, m.contacts
-        slots = [source, *(int(store.table.find(key)[0]) for store, key in zip(stores[1:], keys, strict=True))]
-        causes = m.hosts.arrays["causes"][source]
-        best: dict[int, tuple[float, int, float, float]] = {}
-        for a, analytic in enumerate(an.TABLE):
-            slot = slots[analytic.kind]
-            if analytic.tau == 0.0 or analytic.role != "source" or slot < 0 or causes[an.FAMILY[a]] <= 0:
-                continue
-            cell, past = (stores[analytic.kind].arrays[name][slot][an.COLUMN[a]] for name in ("cells", "past"))
-            x = float(np.log1p(cell[levels.LEVEL] * np.exp((cell[levels.AT] - now) / self._tau[a])))
-            record = max(0.0, float(past[levels.RECORD]) - self._fade * now)
-            age = now - float(m.hosts.arrays["born"][source])
-            record += float(levels.growth(age, self._block_ns / 1e9, self._tau[a], self._span[a]))
-            if x - record >= levels.LEAST_EXCESS and x >= an.LEAST[a]:
-                told = (x - record, a, x, record)
-                best[int(an.FAMILY[a])] = max(best.get(int(an.FAMILY[a]), told), told)
-        for family in np.argsort(-causes, kind="stable"):
-            if causes[family] > 0 and int(family) in best:
-                return best[int(family)][1:]
-        return None
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """(arrays, values for JSON): all that goes on. `restore` goes on bit for bit."""
