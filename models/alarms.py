@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +21,15 @@ from flowsage.graph.build import Contacts
 from flowsage.graph.flows import HostTable, UInt64
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
+from flowsage.models.alarm_config import AlarmConfig
 from flowsage.models.calibration import Calibration, Readiness
 from flowsage.models.cells import CELL, Memory, by_group
 from flowsage.models.episodes import QUIET, Episodes, Offer
-from flowsage.models.explain import META
 from flowsage.models.finding import Evidence, Finding
-from flowsage.models.reasons import Asked, Reasons
+from flowsage.models.history_scores import ContactTerms
+from flowsage.models.reasons import Asked, Log, Reasons
 
-__all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding", "Looked"]
+__all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding"]
 
 Array = npt.NDArray[Any]
 _First = TypeVar("_First")
@@ -47,78 +47,6 @@ PIECE = 1 << 19
 VERSION = 3
 
 _BEST, _RUN = by_group("best"), by_group("run")
-
-
-class Looked(Protocol):
-    """What history knows of c contacts, as of the last closed window (`history.HistoryScores` is one)."""
-
-    @property
-    def known(self) -> Array:
-        """[c] earlier windows of the contact."""
-
-    @property
-    def pair_known(self) -> Array:
-        """[c] earlier windows of the pair."""
-
-    @property
-    def service_known(self) -> Array:
-        """[c] earlier windows of (source, service)."""
-
-    @property
-    def C_ss(self) -> Array:
-        """[c] surprise of the service at the source, nats."""
-
-    @property
-    def sources(self) -> Array:
-        """[c] distinct sources of (target, service)."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some contacts of a `Looked`."""
-
-    whole: Looked
-    part: slice
-
-    def __getattr__(self, name: str) -> Array:
-        some: Array = getattr(self.whole, name)[self.part]
-        return some
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlarmConfig:
-    """Settings of the alarms.
-
-    budget         false findings a day per 100 hosts that open flows
-    least_a_day    false findings a day that the smallest network may have
-    settle_ns      how long the budget grows: what is new on the first day may happen every day
-    block_ns       step of the calibration; budgets and p-values are per host and block
-    time_scale     how much faster than life everything happens: time constants, blocks, ages and gaps are divided by it
-                   (a lab in which a day takes 24 minutes has 60)
-    ready_blocks, ready_host_blocks    calibration that must have been seen before anything is raised; for scans,
-                   guessing and floods a block is enough, and where they fail and are beyond doubt they need not wait
-    internal       networks whose hosts are ours (names that are no addresses are); None: private addresses
-    max_keys       of each kind (hosts, pairs …); those longest unseen are forgotten, counted
-    log            contacts remembered as evidence, half of them new or failed ones
-    """
-
-    budget: float = 10.0
-    least_a_day: float = 1.0
-    settle_ns: int = 86_400 * 10**9
-    block_ns: int = 900 * 10**9
-    pane_ns: int = 10 * 10**9
-    time_scale: float = 1.0
-    ready_blocks: int = 4
-    ready_host_blocks: int = 24
-    internal: tuple[str, ...] | None = None
-    max_keys: int = 500_000
-    log: int = 32_768
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be (ConfigurationError)."""
-        for name in ("budget", "block_ns", "pane_ns", "time_scale", "ready_blocks", "max_keys", "log"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"alarms: {name} is {getattr(self, name)}, it must be above 0")
 
 
 class Alarms:
@@ -139,10 +67,7 @@ class Alarms:
         self._ready_at = -1.0
         self._open = an.EARLY
         self._active: tuple[list[Array], list[Array]] = ([], [])
-        half = max(1, c.log // 2)
-        self._log_meta = np.full((2 * half, META), -1, np.int64)
-        self._log_inc = np.zeros((2 * half, levels.A), np.float32)
-        self._log_at = np.zeros(2, np.int64)
+        self._log = Log.empty(c.log)
         self._tau = np.where(an.TAU > 0, an.TAU / c.time_scale, 0.0)
         self._span = np.maximum(self._block_ns / 1e9, self._tau)
         self._fade = np.log(2.0) / (an.WEEK / c.time_scale)
@@ -168,7 +93,7 @@ class Alarms:
         settled = c.settle_ns / c.block_ns
         return self.calibration.allowed(c.budget, c.least_a_day, self._blocks_a_day, settled, untried)
 
-    def step(self, now_ns: int, contacts: Contacts, looked: Looked, tails: Array) -> list[Finding]:
+    def step(self, now_ns: int, contacts: Contacts, looked: ContactTerms, tails: Array) -> list[Finding]:
         """Findings created, updated or closed by the c contacts that arrived until `now_ns` (ns, the end of the pane).
 
         tails f8[c]: plausibility of first meetings (NaN: not asked, or not ready).
@@ -186,10 +111,10 @@ class Alarms:
         else:
             for begin in range(0, len(contacts), PIECE):
                 part = slice(begin, begin + PIECE)
-                told += self._look(now_ns, contacts.some(begin, part.stop), _Part(looked, part), tails[part])
+                told += self._look(now_ns, contacts.some(begin, part.stop), looked.some(part), tails[part])
         return told + self.episodes.close(now_ns)
 
-    def _look(self, now_ns: int, contacts: Contacts, looked: Looked, tails: Array) -> list[Finding]:
+    def _look(self, now_ns: int, contacts: Contacts, looked: ContactTerms, tails: Array) -> list[Finding]:
         """Findings created or updated by contacts of a pane, no more than a `PIECE` of them."""
         assert self._origin_ns is not None
         # Two looks at one time would be one touch: the later one counts as a moment later.
@@ -243,12 +168,9 @@ class Alarms:
         for store in self.memory.stores.values():
             remap = store.evict(self.config.max_keys)
             if remap is not None and store is self.memory.hosts:
-                used = self._log_meta[:, 6] >= 0
-                for column in (0, 1):
-                    self._log_meta[used, column] = remap[self._log_meta[used, column]]
-                self._log_meta[(self._log_meta[:, :2] < 0).any(1)] = -1
+                self._log.follow(remap)
 
-    def _measure(self, now: float, c: Contacts, looked: Looked, tails: Array) -> tuple[Array, Array]:
+    def _measure(self, now: float, c: Contacts, looked: ContactTerms, tails: Array) -> tuple[Array, Array]:
         """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `levels.judge` writes them."""
         n, m, config = len(c), self.memory, self.config
         source, target = c.hosts.hash[c.src], c.hosts.hash[c.dst]
@@ -290,8 +212,8 @@ class Alarms:
             self._active[0].append(active[0, :sources])
             self._active[1].append(active[1, :targets])
             levels.remember(
-                slots, *what, np.stack((c.first_ns, c.last_ns)), h["inside"], now, news, self._log_inc, self._log_meta,
-                self._log_at,
+                slots, *what, np.stack((c.first_ns, c.last_ns)), h["inside"], now, news, self._log.inc, self._log.meta,
+                self._log.at,
             )  # fmt: skip
 
         _, strength = self._both(n, register, lambda: self._beats(c, slots, codes, looked))
@@ -328,7 +250,7 @@ class Alarms:
         other = self._thread.submit(second)
         return first(), other.result()
 
-    def _beats(self, c: Contacts, slots: Array, codes: Array, looked: Looked) -> Array:
+    def _beats(self, c: Contacts, slots: Array, codes: Array, looked: ContactTerms) -> Array:
         """Strength f8[c] of the beat of each contact's key, after the pane's contacts."""
         m, scale = self.memory, self.config.time_scale
         assert self._origin_ns is not None
@@ -363,7 +285,7 @@ class Alarms:
         names = self.memory.hosts.arrays["name"]
         assert self._origin_ns is not None
         reasons = Reasons(
-            self.memory, (self._log_meta, self._log_inc), self._origin_ns, self._now, self._block_ns / 1e9, self._tau,
+            self.memory, self._log, self._origin_ns, self._now, self._block_ns / 1e9, self._tau,
             self._span, self._fade, self.witness,
         )  # fmt: skip
         offers = []
@@ -381,7 +303,7 @@ class Alarms:
         """(arrays, values for JSON): all that goes on. `restore` goes on bit for bit."""
         arrays = {f"memory/{k}": v for k, v in self.memory.state().items()}
         arrays |= {f"calibration/{k}": v for k, v in self.calibration.state().items()}
-        arrays |= {"log/meta": self._log_meta.copy(), "log/inc": self._log_inc.copy(), "log/at": self._log_at.copy()}
+        arrays |= {f"log/{k}": v.copy() for k, v in self._log._asdict().items()}
         for role, parts in enumerate(self._active):
             arrays[f"active/{role}"] = np.concatenate(parts) if parts else np.empty(0, np.int64)
         values = {
@@ -406,7 +328,7 @@ class Alarms:
         alarms.memory = Memory.restore(part("memory/"))
         alarms.calibration = Calibration.restore(part("calibration/"))
         alarms.episodes = Episodes.restore(values["episodes"], config.time_scale)
-        alarms._log_meta, alarms._log_inc, alarms._log_at = (arrays[f"log/{k}"].copy() for k in ("meta", "inc", "at"))
+        alarms._log = Log(*(arrays[f"log/{k}"].copy() for k in Log._fields))
         alarms._active = ([arrays["active/0"]], [arrays["active/1"]])
         alarms._origin_ns, alarms._now, alarms._block = values["origin_ns"], values["now"], values["block"]
         alarms._ready_at, alarms.steps, alarms.contacts_seen = (

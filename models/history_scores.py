@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -38,6 +38,10 @@ class ContactTerms:
 
     def __len__(self) -> int:
         return len(self.known)
+
+    def some(self, part: slice) -> ContactTerms:
+        """Of some of the contacts, as views."""
+        return ContactTerms(*(getattr(self, f.name)[part] for f in fields(ContactTerms)))
 
 
 @dataclass(frozen=True)

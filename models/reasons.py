@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from flowsage.graph.flows import hash_names
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels
 from flowsage.models.cells import Memory
-from flowsage.models.explain import Explained, explain
+from flowsage.models.explain import META, Explained, explain
 
 Array = npt.NDArray[Any]
 
@@ -36,13 +36,37 @@ Asked = Callable[[int, int, int], Said | None]
 """A witness: asked about source hash, target hash, service code."""
 
 
+class Log(NamedTuple):
+    """The contacts seen last, half of them new or failed ones (`levels.remember`)."""
+
+    meta: Array
+    """i64[log, META] what each was; -1: none."""
+    inc: Array
+    """f32[log, analytics] what it added to every level."""
+    at: Array
+    """i64[2] how many of each half there were."""
+
+    @classmethod
+    def empty(cls, size: int) -> Log:
+        """Of about so many."""
+        half = max(1, size // 2)
+        inc = np.zeros((2 * half, levels.A), np.float32)
+        return cls(np.full((2 * half, META), -1, np.int64), inc, np.zeros(2, np.int64))
+
+    def follow(self, remap: Array) -> None:
+        """Hosts have moved; those of hosts that left are dropped."""
+        used = self.meta[:, 6] >= 0
+        for column in (0, 1):
+            self.meta[used, column] = remap[self.meta[used, column]]
+        self.meta[(self.meta[:, :2] < 0).any(1)] = -1
+
+
 @dataclass(frozen=True)
 class Reasons:
     """What explains the alarms of one look at a pane, while its levels are as they were then."""
 
     memory: Memory
-    log: tuple[Array, Array]
-    """The alarms' log: what the contacts were, and what each added to every level."""
+    log: Log
     origin_ns: int
     now: float
     """s since the origin, and from here on s as well."""
@@ -63,7 +87,7 @@ class Reasons:
             names = m.hosts.arrays["name"]
             source, target = (int(v) for v in m.hosts.table.find(c.hosts.hash[[c.src[contact], c.dst[contact]]]))
             key = source, target, int(c.service[contact])
-            log, times = self.log, (int(self.now * 1e9), self.origin_ns)
+            log, times = (self.log.meta, self.log.inc), (int(self.now * 1e9), self.origin_ns)
             if a == an.JOINT:
                 causes = m.hosts.arrays["causes"][source]
                 told = ", ".join(an.FAMILIES[f] for f in np.argsort(-causes, kind="stable") if causes[f] > 0)

@@ -22,6 +22,7 @@ from flowsage.models.calibration import Calibration
 from flowsage.models.detector import ALL_TIME
 from flowsage.models.finding import Finding
 from flowsage.models.history import History, HistoryConfig
+from flowsage.models.history_scores import ContactTerms
 from flowsage.models.meeting import MeetingPrior
 from flowsage.pipelines.config import load
 from flowsage.pipelines.scorer import detector_config
@@ -44,16 +45,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Pane:
-    """What the alarms are shown of a pane: `Alarms.step` takes these. It is an `alarms.Looked` as well."""
+    """What the alarms are shown of a pane: `Alarms.step` takes these."""
 
     now_ns: int
     contacts: Contacts
+    looked: ContactTerms
     tails: np.ndarray
-    known: np.ndarray
-    pair_known: np.ndarray
-    service_known: np.ndarray
-    C_ss: np.ndarray
-    sources: np.ndarray
 
 
 class Kept:
@@ -140,8 +137,7 @@ def score(
         for p in priors:
             plausible = tail(prior[p], seen, looked.known == 0)
             if panes is not None and p == priors[-1]:
-                numbers = (looked.known, looked.pair_known, looked.service_known, looked.C_ss, looked.sources)
-                panes.append(Pane(step.now_ns, seen, plausible, *(n.copy() for n in numbers)))
+                panes.append(Pane(step.now_ns, seen, looked, plausible))
             for b in budgets:
                 kept[p, b].add(alarms[p, b].step(step.now_ns, seen, looked, plausible))
         close(buffer.close_ready())
