@@ -7,6 +7,7 @@ one after the other, so that no host does two things at once and a finding belon
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def inject(r: Recording, kinds: list[str], seed: int) -> tuple[pa.Table, list[st
         ATTACKS[kind](f, scene(f, r, attacker, begin), i)
         free[attacker] = min(f.latest(before), r.span_s) + APART
     return merged(r, f), left
+
+
+def injected(r: Recording, seeds: int) -> Iterator[pa.Table]:
+    """Recordings with attacks in them, as many as it takes to place `seeds` of every kind."""
+    for seed in range(seeds):
+        left = np.random.default_rng([seed, 20]).permutation(list(ATTACKS)).tolist()
+        for again in range(8):
+            table, rest = inject(r, left, 100 * seed + again)
+            if len(rest) == len(left):
+                break
+            left = rest
+            yield table
 
 
 def merged(r: Recording, f: Flows) -> pa.Table:

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import torch
 
 from flowsage.graph.addresses import Internal
-from flowsage.pipelines.enterprise import ATTACKS, Simulation, simulate
+from flowsage.pipelines.enterprise import Simulation, simulate
 from tests.evaluate import measures
 from tests.evaluate.bars import BUDGETS, FULL, INJECTED, SMALL, UNDIRECTED
-from tests.evaluate.injections import CONFOUNDERS, disturb, inject, recording
+from tests.evaluate.injections import CONFOUNDERS, disturb, injected, recording
 from tests.evaluate.measures import Area, Found
 from tests.evaluate.passes import DEFAULT, score
 
@@ -146,18 +146,10 @@ def injections(data: Path, name: str, seeds: int = 3) -> dict[str, Any]:
     r = recording(data / f"{name}.parquet")
     found: dict[float, list[Found]] = {b: [] for b in BUDGETS}
     passes = 0
-    for seed in range(seeds):
-        left = np.random.default_rng([seed, 20]).permutation(list(ATTACKS)).tolist()
-        for again in range(8):
-            table, rest = inject(r, left, 100 * seed + again)
-            if len(rest) == len(left):
-                break
-            left = rest
-            for b, one in _matched(table).items():
-                found[b].append(one)
-            passes += 1
-            if not left:
-                break
+    for table in injected(r, seeds):
+        for b, one in _matched(table).items():
+            found[b].append(one)
+        passes += 1
     return {"found": found, "passes": passes}
 
 

@@ -43,10 +43,10 @@ from flowsage.models import analytics as an
 from flowsage.models.history import HistoryConfig
 from flowsage.models.weights import WEIGHTS, Weights
 from flowsage.pipelines.config import load
-from flowsage.pipelines.enterprise import ATTACKS, Simulation, simulate
+from flowsage.pipelines.enterprise import Simulation, simulate
 from flowsage.pipelines.scorer import detector_config
 from tests.evaluate import bars, jobs, measures, passes
-from tests.evaluate.injections import inject, recording
+from tests.evaluate.injections import injected, recording
 from tests.evaluate.tables import grid
 
 OFFICE = Simulation(days=1.6, hosts=100, seed=13, repeats=2, quiet=0.4)
@@ -182,15 +182,7 @@ def record(data: Path) -> list[Case]:
         cases.append(_case(table.filter(table.column("label").to_numpy() == 0), name))
         if name not in bars.INJECTED:
             continue
-        r = recording(data / f"{name}.parquet")
-        for seed in range(SEEDS):
-            left = np.random.default_rng([seed, 20]).permutation(list(ATTACKS)).tolist()
-            for again in range(8):
-                table, rest = inject(r, left, 100 * seed + again)
-                if len(rest) == len(left):
-                    break
-                left = rest
-                cases.append(_case(table, name))
+        cases += [_case(table, name) for table in injected(recording(data / f"{name}.parquet"), SEEDS)]
     return cases
 
 
