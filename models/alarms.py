@@ -20,7 +20,7 @@ from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts
 from flowsage.graph.flows import HostTable, UInt64
 from flowsage.models import analytics as an
-from flowsage.models import beacon, levels
+from flowsage.models import beacon, levels, uploads
 from flowsage.models.alarm_config import AlarmConfig
 from flowsage.models.calibration import Calibration, Readiness
 from flowsage.models.cells import CELL, Memory, by_group
@@ -44,7 +44,7 @@ THREADED = 1 << 14
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-VERSION = 3
+VERSION = 4
 
 _BEST, _RUN = by_group("best"), by_group("run")
 
@@ -218,12 +218,16 @@ class Alarms:
 
         _, strength = self._both(n, register, lambda: self._beats(c, slots, codes, looked))
         scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
+        usual = uploads.usual(
+            slots, sent, shared, cells[2], past[2], h["inside"], h["born"], h["received"], h["received_past"],
+            self._tau[an.DRIP], self._span[an.DRIP], step, self._fade, now,
+        )  # fmt: skip
         allowed, open_ = self.allowed, self._open if self.tried else self._open & an.FIRST
 
         def judged(part: int, parts: int) -> tuple[Array, Array]:
             touched = np.empty((n * levels.A + n, 3), np.int32)
             raised = levels.raise_levels(
-                part, parts, slots, *what, cells, past, h["born"], h["inside"], h["record"],
+                part, parts, slots, *what, usual, cells, past, h["born"], h["inside"], h["record"],
                 self._tau, self._span, step, *kinds, an.IS_TARGET, self._fade, now, touched,
             )  # fmt: skip
             raised = levels.set_statistic(

@@ -38,6 +38,7 @@ def by_group(name: str) -> tuple[str, ...]:
 FIELDS: dict[str, dict[str, Field]] = {
     "hosts": {
         **_cells(HOST),
+        **dict.fromkeys(("received", "received_past"), ((CELL,), "f8", 0.0)),
         "born": ((), "f8", -1.0),
         "inside": ((), "?", False),
         "name": ((), "O", ""),

@@ -13,7 +13,8 @@ and a *past*, apart from it, since it stays nought until a span is over, and wha
     HELD     until when the record is frozen, because the key was named in an alarm
 
 A span is max(block, τ); what was reached in one becomes record two spans later, so an attack's own ramp does not become
-its record while it lasts. A new key starts with the record of its host.
+its record while it lasts. A new key starts with the record of its host. What is sent outside also has the record of
+what others have sent there (`uploads`), and counts for the host's own only by how much it is beyond that.
 
 A young host has no record for so long that steady traffic would look like news. So its spans begin with a block and
 double until they are full length, and a record of that time is taken to have grown as a leaky sum of steady input does.
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.analytics import BURST, EXFIL, FAMILIES, FLOOD, TABLE, contributions
+from flowsage.models.analytics import BURST, DRIP, EXFIL, FAMILIES, FLOOD, TABLE, contributions
 from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
@@ -86,18 +87,19 @@ def growth(age, step, tau, span):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _touch(cells, past, row, now, tau, span, fade, host_record, host, a, born, step):  # type: ignore[no-untyped-def]
+def touch(cells, past, row, now, tau, span, fade, host_record, host, a, born, step, usual):  # type: ignore[no-untyped-def]
     """Bring a cell to `now`: decay its level, move its spans. True if this is the first touch at `now`.
 
-    `born` of its host, `step` the first span: a block.
+    `born` of its host, `step` the first span: a block. `usual`: the x that others reach at such a key (`uploads`); a
+    host's record is by how much it went beyond.
     """
     at = cells[row, AT]
     if at == now:
         return False
     cells[row, AT] = now
     if at == 0.0:
-        if host_record[host, a] > 0.0:
-            past[row, RECORD] = host_record[host, a]
+        if host_record[host, a] > 0.0 or usual > 0.0:
+            past[row, RECORD] = max(host_record[host, a], fade * now) + usual
         return True
     if 0.0 < past[row, HELD] < now:  # what was told is over; what is left of it is not told again
         cells[row, LEVEL], past[row, HELD] = 0.0, 0.0
@@ -105,17 +107,19 @@ def _touch(cells, past, row, now, tau, span, fade, host_record, host, a, born, s
     if past[row, HELD] < now:
         then, this = span_of(at - born, step, span), span_of(now - born, step, span)
         if this > then:
-            record = max(past[row, RECORD], np.log1p(past[row, BEFORE]) + fade * at)
+            more = np.log1p(past[row, BEFORE]) + fade * at
             edge = level * np.exp(-(born + span_end(then, step, span) - at) / tau) if tau > 0.0 else 0.0
             if this == then + 1.0:
                 past[row, BEFORE] = cells[row, LAST]
                 cells[row, LAST] = edge
             else:
-                record = max(record, np.log1p(cells[row, LAST]) + fade * at)
+                more = max(more, np.log1p(cells[row, LAST]) + fade * at)
                 past[row, BEFORE] = edge
                 cells[row, LAST] = 0.0
-            past[row, RECORD] = record
-            host_record[host, a] = max(host_record[host, a], record)
+            past[row, RECORD] = max(past[row, RECORD], more)
+            host_record[host, a] = max(host_record[host, a], more - usual)
+    if usual > 0.0:
+        past[row, RECORD] = max(past[row, RECORD], usual + fade * now)
     cells[row, LEVEL] = level * np.exp(-(now - at) / tau) if tau > 0.0 else 0.0
     return True
 
@@ -202,14 +206,15 @@ def remember(  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def raise_levels(  # type: ignore[no-untyped-def]
     part, parts, slots, service, counts, told, sent, sources, fresh, surprise, tails,
-    cells, past, host_born, inside, host_record,
+    usual, cells, past, host_born, inside, host_record,
     tau, span, step, column, kind, width, is_target, fade, now, touched,
 ):  # fmt: skip
     """Every contact once into every level that it raises, as far as the level's host is of this part.
 
     A level belongs to its host, source or target, and hosts are dealt out by slot: parts share no cell.
     slots i32[5, c]: source and target host, (source, service), pair, contact. counts i32[3, c]: flows, answered,
-    failed. cells, past f8[·, 3] of each kind. Writes touched i32[·, 3] (analytic, row, contact); returns how many.
+    failed. usual f8[c]: `uploads.usual`. cells, past f8[·, 3] of each kind. Writes touched i32[·, 3] (analytic, row,
+    contact); returns how many.
     """
     out, both, m = np.zeros(len(kind)), np.zeros(2, np.bool_), 0
     last = len(service) - 1
@@ -233,9 +238,11 @@ def raise_levels(  # type: ignore[no-untyped-def]
             owner = target if is_target[a] else source
             what = kind[a]
             row = np.int64(owner if what == 0 else slots[1 + what, i]) * width[what] + column[a]
-            if _touch(
-                cells[what], past[what], row, now, tau[a], span[a], fade, host_record, owner, a, host_born[owner], step
-            ):
+            beyond = usual[i] if a in (EXFIL, DRIP) else 0.0
+            if touch(
+                cells[what], past[what], row, now, tau[a], span[a], fade, host_record, owner, a, host_born[owner], step,
+                beyond,
+            ):  # fmt: skip
                 touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
                 m += 1
             cells[what][row, LEVEL] += out[a]
@@ -336,9 +343,10 @@ def judge(  # type: ignore[no-untyped-def]
             if cause > family_best[host, family[a]]:
                 family_best[host, family[a]] = cause
                 row = host * width[0] + column[joint]
-                if _touch(
-                    cells[0], past[0], row, now, 0.0, span[joint], fade, host_record, host, joint, host_born[host], step
-                ):
+                if touch(
+                    cells[0], past[0], row, now, 0.0, span[joint], fade, host_record, host, joint, host_born[host],
+                    step, 0.0,
+                ):  # fmt: skip
                     touched[total, 0], touched[total, 1], touched[total, 2] = joint, row, contact
                     total += 1
     return count

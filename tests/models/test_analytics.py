@@ -138,6 +138,29 @@ def test_record_follows_one_to_two_spans_later_and_a_new_key_takes_its_hosts():
     assert row["past"][1, an.COLUMN[an.BURST], levels.RECORD] == host()
 
 
+def test_where_others_send_as_much_it_is_no_news_and_it_is_no_licence_to_send_it_elsewhere() -> None:
+    alarms, cloud, nobodys = Alarms(), "198.51.100.1", "198.51.100.2"
+
+    def excess(host: str, peer: str) -> float:
+        """Of what a host has sent to a peer within hours."""
+        c = contacts(from_table(table([(0.0, host, peer, 443, 1, 1, 1)])), EVER)
+        keys = np.empty((3, 1), np.uint64)
+        levels.key_hashes(c.hosts.hash[c.src], c.hosts.hash[c.dst], np.ascontiguousarray(c.service), keys)
+        pairs = alarms.memory.pairs
+        cell, past = (pairs.arrays[f][int(pairs.table.find(keys[1])[0]), an.COLUMN[an.DRIP]] for f in ("cells", "past"))
+        return float(np.log1p(cell[levels.LEVEL]) - past[levels.RECORD] + alarms._fade * alarms._now)
+
+    for k in range(72):  # a day in which four hosts send the cloud 5 MB each now and then
+        step(alarms, 1200.0 * k + 10, [(f"10.0.0.{k % 4 + 1}", cloud, 443, 1, 5_000_000, 1_000)])
+    step(alarms, 86_500, [("10.0.0.9", cloud, 443, 1, 5_000_000, 1_000)])
+    assert excess("10.0.0.9", cloud) < 0, "a newcomer sends what others send"
+    step(alarms, 86_510, [("10.0.0.1", nobodys, 443, 1, 5_000_000, 1_000)])
+    assert excess("10.0.0.1", nobodys) > 5.0, "one of them sends it where nobody sends"
+    for k in range(12):  # and goes on for hours, in which what it sends itself is not what others send
+        step(alarms, 86_520 + 1200.0 * k, [("10.0.0.1", nobodys, 443, 1, 5_000_000, 1_000)])
+    assert excess("10.0.0.1", nobodys) > 6.0
+
+
 def test_a_young_hosts_spans_double_from_a_block_to_full_length() -> None:
     step_s, span = 900.0, 4 * 3600.0
     ends = [levels.span_end(float(n), step_s, span) for n in range(7)]
