@@ -37,7 +37,26 @@ from flowsage.models.key_levels import (
     SVC_X,
 )  # fmt: skip
 from flowsage.models.keys import AHEAD
-from flowsage.models.terms import B_S, B_SS, B_SVC, C_E, C_ES, C_SS, DC, F_S, F_SS, K_SS, P_SS, TERMS, D, contact_sums
+from flowsage.models.load import load
+from flowsage.models.terms import (
+    B_S,
+    B_SS,
+    B_SVC,
+    C_E,
+    C_ES,
+    C_SS,
+    DC,
+    F_O,
+    F_S,
+    F_SS,
+    G_O,
+    K_SS,
+    N_O,
+    P_SS,
+    TERMS,
+    D,
+    contact_sums,
+)  # fmt: skip
 from flowsage.models.weights import CONSTANTS
 
 Float64 = npt.NDArray[np.float64]
@@ -91,6 +110,7 @@ class Scratch(NamedTuple):
     es_up: Int32
     es_n: Float64
     o_n: Float64
+    o_l: Float64
 
     @classmethod
     def empty(cls, sizes: list[int]) -> Scratch:
@@ -103,19 +123,21 @@ class Scratch(NamedTuple):
         return cls(
             room(s, 8), room(s, 4), room(svc, 4), room(ss, 8), memory.empty((ss, 2), np.int32),
             room(e, 2), memory.empty((es, 2), np.int32), room(es, 4), room(o, 4),
+            room(o, 4),
         )  # fmt: skip
 
 
 @numba.njit(cache=True, nogil=True)
 def familiarity(  # type: ignore[no-untyped-def]
-    run, seen, rows, counts, scratch, pool, ranks, svc_ranks, weights, sums, terms, before
+    run, seen, rows, counts, loads, scratch, pool, ranks, svc_ranks, weights, sums, terms, before
 ):
     """Terms of each directed contact v, and the counts after each window.
 
     rows, counts: `Rows` and `count` of the six levels. seen: windows in which anything was seen before this chunk (E of
-    its first). pool f8[3]: sum of x over all rows of s so far, and their number; services so far. ranks i64[64],
+    its first). loads: what `load` knows, of slots of o and of all. pool f8[3]: sum of x over all rows of s so far, and
+    their number; services so far. ranks i64[64],
     svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. weights
-    f8[12]. Out: sums f8[v, 4] (`contact_sums`), terms f8[12, v] (`TERMS`) unless it has no columns, before f8[c]:
+    f8[15]. Out: sums f8[v, 4] (`contact_sums`), terms f8[15, v] (`TERMS`) unless it has no columns, before f8[c]:
     earlier windows of es (forward way).
 
     With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
@@ -135,7 +157,8 @@ def familiarity(  # type: ignore[no-untyped-def]
     ways = run.ways
     s_rows, svc_rows, ss_rows, e_rows, es_rows, o_rows = rows
     s_count, svc_count, ss_count, e_count, es_count, o_count = counts
-    s_n, s_t, svc_n, ss_n, ss_up, e_n, es_up, es_n, o_n = scratch
+    s_n, s_t, svc_n, ss_n, ss_up, e_n, es_up, es_n, o_n, o_l = scratch
+    loaded = weights[F_O] != 0.0 or weights[N_O] != 0.0 or weights[G_O] != 0.0
     line = np.empty((2, len(TERMS)))
     for w in range(len(run.windows)):
         now = seen + w
@@ -303,6 +326,10 @@ def familiarity(  # type: ignore[no-untyped-def]
                 for b in range(bucket(s_n[r, 4]) + 1):
                     ranks[b] += 1
                     svc_ranks[svc, b] += 1
+        if loaded:
+            load(run, w, now, es_rows.row, o_rows.row, o_rows.row_slot[o0 : o0 + n_o], loads[0], loads[1], o_l)
+        else:
+            o_l[:n_o] = 0.0
         # Out: each directed contact gets what its keys have.
         last = end - 1
         for c in range(run.offsets[w], run.offsets[w + 1]):
@@ -325,6 +352,9 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, C_ES] = ss_n[ss, 5] if new and ports else 0.0
                 line[way, C_E] = s_t[s, 2] if e_n[e_rows.row[v], 0] == 0.0 and not ports else 0.0
                 line[way, DC] = es_n[es, 1] if ports else 0.0
+                line[way, F_O] = o_l[o_rows.row[v], 0]
+                line[way, N_O] = o_l[o_rows.row[v], 1]
+                line[way, G_O] = o_l[o_rows.row[v], 2]
                 line[way, D] = o_n[o_rows.row[v], 2]
                 if way == 0:
                     before[c] = es_n[es, 3]

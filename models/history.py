@@ -69,6 +69,7 @@ class History:
         self.last_window = int(NEVER)
         buckets = int(CONSTANTS.buckets)
         self._pool = np.zeros(3)
+        self._loads = np.zeros(3)
         self._ranks = np.zeros(buckets, np.int64)
         self._tops = np.zeros(buckets + 1, np.int64)
         self._threads: ThreadPoolExecutor | None = None
@@ -143,7 +144,8 @@ class History:
         def count() -> None:
             counts, scratch = tuple(level["count"] for level in levels), self._room([int(r.start[-1]) for r in rows])
             familiarity(
-                run, self.windows, tuple(rows), counts, scratch, self._pool, self._ranks, levels[SVC]["rank"],
+                run, self.windows, tuple(rows), counts, (levels[O]["load"], self._loads), scratch,
+                self._pool, self._ranks, levels[SVC]["rank"],
                 self._weights[0], sums, out.terms, out.known,
             )  # fmt: skip
 
@@ -195,6 +197,7 @@ class History:
             "windows": np.array([self.windows, self.last_window], np.int64),
             "undirected": np.array(self.config.undirected),
             "pool": self._pool.copy(),
+            "loads": self._loads.copy(),
             "ranks": self._ranks.copy(),
             "tops": self._tops.copy(),
         }
@@ -213,7 +216,8 @@ class History:
         if history.config.undirected != undirected:
             raise ValueError(f"the history was learnt with undirected={undirected}; configure it so, or start afresh")
         history.windows, history.last_window = (int(x) for x in state["windows"])
-        history._pool, history._ranks, history._tops = (state[k].copy() for k in ("pool", "ranks", "tops"))
+        history._pool, history._loads = state["pool"].copy(), state["loads"].copy()
+        history._ranks, history._tops = state["ranks"].copy(), state["tops"].copy()
         history.levels = [Level.restore(level, state) for level in range(len(LEVEL_NAMES))]
         return history
 
@@ -278,7 +282,7 @@ def _joined(parts: list[tuple[Int32, Int64, Float64]]) -> tuple[Int32, Int64, Fl
 
 
 def _weights(weights: Weights) -> tuple[Float64, Float64]:
-    """Weights of a contact's terms [12], and of a flow's own [4]."""
+    """Weights of a contact's terms [15], and of a flow's own [4]."""
     own = ("V_rev", "V_fwd", "T", "fail")
     return np.array([getattr(weights, k, 0.0) for k in TERMS]), np.array([getattr(weights, k) for k in own])
 

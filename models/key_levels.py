@@ -28,7 +28,8 @@ SS_ALL, SS_KEPT, SS_MET, SS_X, SS_ES, SS_ES_NEW = range(6)
 ES_ALL, ES_KEPT, ES_ANSWERED = range(3)
 O_ANSWERED, O_TOKENS, O_NEW = range(3)
 
-# Columns of `volume` (s and es), `beat` (svc, e, es, o).
+# Columns of `load` (o), `volume` (s and es), `beat` (svc, e, es, o).
+O_FLOWS_X, O_SOURCES_X, O_WINDOWS = range(3)
 V_WINDOWS, V_MEAN, V_M2 = range(3)
 SVC_PAIRS, SVC_REGULAR = range(2)
 E_MET, E_LAST, E_VISIT, E_GAPS, E_MEAN, E_M2, E_SUM, E_LLR = range(8)
@@ -45,7 +46,7 @@ _COLUMNS: tuple[dict[str, tuple[int, type[np.generic]]], ...] = (
     {"count": (8, np.float64)},
     {"count": (1, np.float32), "beat": (8, np.float64)},
     {"count": (4, np.float32), "beat": (4, np.float64), "volume": (4, np.float64)},
-    {"count": (4, np.float64), "beat": (2, np.float64)},
+    {"count": (4, np.float64), "load": (4, np.float64), "beat": (2, np.float64)},
 )
 
 

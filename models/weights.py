@@ -30,6 +30,12 @@ class Weights:
     """Stands for C_es and dc where there are no ports."""
     dc: float = 0.5
     """Ranked, not added: raw tails are tiny on star-shaped networks and break them (.86)."""
+    F_o: float = 1.0
+    """Floods of an offered service, of one source or many (`load`); 0 for these three is DETECTION.md's S."""
+    N_o: float = 2.0
+    """Crowds: many sources at once."""
+    G_o: float = 4.0
+    """Floods in the first minutes, when nothing has a past."""
     V_rev: float = 0.5
     V_fwd: float = 0.5
     """Exfiltration .54 → .83."""
@@ -47,6 +53,13 @@ class Constants:
     discount: float = 0.5
     pooled: float = 3.0
     """Windows of the other keys' mean that stand in front of a key's own past (F)."""
+    load_flows: float = 4.0
+    """Nats beyond the expectation from which load counts: flows and sources of an offered service (F_o, N_o)."""
+    load_sources: float = 3.5
+    load_peers: float = 2.5
+    """The same beyond the mean of all others, while nothing has a past (G_o)."""
+    cold_windows: float = 60.0
+    """Windows after which that is worth a quarter."""
     rank_all: float = 20.0
     """Tokens of e^-D in front of the ranks of all first meetings, and of those in front of a service's own (dc)."""
     rank_service: float = 10.0
