@@ -31,14 +31,14 @@ class Weights:
     dc: float = 0.5
     """Ranked, not added: raw tails are tiny on star-shaped networks and break them (.86)."""
     F_o: float = 1.0
-    """Floods of an offered service, of one source or many (`load`); 0 for these three is DETECTION.md's S."""
-    N_o: float = 2.0
-    """Crowds: many sources at once."""
+    """Floods of an offered service, of one source or many (`load`); without these three, S is history alone."""
+    N_o: float = 4.0
+    """Crowds: many sources at once (enterprise AP .63 → .71, of host-windows .36 → .60, with F_o)."""
     G_o: float = 4.0
     """Floods in the first minutes, when nothing has a past."""
     V_rev: float = 0.5
-    V_fwd: float = 0.5
-    """Exfiltration .54 → .83."""
+    V_fwd: float = 0.35
+    """Exfiltration .54 → .83. DETECTION.md has ½: benign uploads of a new size then stand above all (AP .70 → .73)."""
     T: float = 0.25
     fail: float = 1.5
     """Enterprise AP .473 without it, .541 with it."""

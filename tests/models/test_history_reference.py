@@ -22,6 +22,8 @@ from flowsage.models.weights import WEIGHTS
 MINUTE = 60_000_000_000
 LOAD = {"F_o", "N_o", "G_o"}
 """Terms that the reference has not."""
+REFERENCE = replace(WEIGHTS, **dict.fromkeys(LOAD, 0.0), V_fwd=0.5)
+"""The weights that it has."""
 
 
 def whole(table: pa.Table, config: HistoryConfig) -> HistoryScores:
@@ -71,8 +73,7 @@ def test_every_term_and_score_equals_the_reference(
     shared: Path, reference: ModuleType, name: str, rows: int, undirected: bool
 ) -> None:
     table = known_protocols(pq.read_table(shared / "data" / f"{name}.parquet").slice(0, rows))
-    alone = replace(WEIGHTS, **dict.fromkeys(LOAD, 0.0))
-    scores = whole(table, HistoryConfig(undirected=undirected, weights=alone))
+    scores = whole(table, HistoryConfig(undirected=undirected, weights=REFERENCE))
     flow, hosts, expected = reference.detect(table.to_pandas(), undirected)
     np.testing.assert_allclose(scores.flow_score, flow, atol=1e-8)
     np.testing.assert_allclose(scores.beacon_score, expected["Z"] + expected["Zc"], atol=1e-8)
