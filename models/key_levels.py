@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.keys import KEY, LOWER, SEEN, SLOT, Int32, Int64, KeyTable, aligned_zeros, mix, position
+from flowsage.models.keys import KEY, LOWER, SEEN, SLOT, Int32, Int64, KeyTable, aligned_zeros, home, mix, position
 from flowsage.models.weights import CONSTANTS
 
 S, SVC, SS, E, ES, O = range(6)  # noqa: E741
@@ -110,7 +110,6 @@ def _assign(level, entries, run, rows, done, window, total, count):  # type: ign
     Returns (directed contacts done, window, rows so far, keys in the table): where to go on with a larger table.
     """
     limit = entries.shape[0] * 7 // 10
-    mask = entries.shape[0] - 1
     ways = run.ways
     keys = np.empty(_BATCH, np.int64)
     for w in range(window, len(run.windows)):
@@ -130,7 +129,7 @@ def _assign(level, entries, run, rows, done, window, total, count):  # type: ign
                 if v - c * ways:
                     a, b = b, a
                 keys[v - batch] = level_key(level, a, b, run.service[c])
-                prefetch(entries, keys[v - batch] & mask)
+                prefetch(entries, home(entries, keys[v - batch]))
             for v in range(batch, stop):
                 key = keys[v - batch]
                 at = position(entries, key)
@@ -204,9 +203,9 @@ class Level:
             self.table.inserted(count)
             if done == v:
                 break
-            # If as many contacts are new as so far; in small steps every key would move again and again.
+            # If as many contacts are new as so far, but fewer and fewer are: no more than half as many again at once.
             expected = count + int((v - done) * (count - before) / max(done, 1))
-            self.table.grow(min(expected, 4 * count))
+            self.table.grow(min(expected, count + count // 2))
         self._reserve(len(self.table))
         return rows
 

@@ -3,7 +3,9 @@
 A `KeyTable` is an open-addressing hash table (linear probing, at most 70 % full) of 24-byte entries. It owns no values:
 whoever uses it keeps arrays indexed by slot, grows them with `len(table)`, and compacts them with what `evict` returns.
 New keys get slots in the order in which they come, so state of new keys is written in sequence. Keys have to be well
-mixed (`mix`, or a hash of a name): the low bits are the position.
+mixed (`mix`, or a hash of a name): their lower half, as a share of the table, is where they belong (`home`; Lemire:
+Fast random integer generation in an interval, 2019), so a table can be of any size, and a larger one has its keys in
+the same order.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ AHEAD = 16
 """How many rows ahead kernels `prefetch`."""
 
 _LINE = 64
+_LARGE = 1 << 16
+"""Entries of a table from which on it grows in small steps: a table that is half empty costs memory."""
 
 NEVER = np.iinfo(np.int64).min
 """A tick before every tick."""
@@ -46,12 +50,19 @@ def mix(a, b):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
+def home(entries, key):  # type: ignore[no-untyped-def]
+    """Index from which on `key`'s entry is looked for. `entries` i64[size, 3], `key` i64."""
+    return ((key & LOWER) * entries.shape[0]) >> 32
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
 def position(entries, key):  # type: ignore[no-untyped-def]
-    """Index of `key`'s entry, or of the empty entry where it would go. `entries` i64[2^k, 3], `key` i64."""
-    mask = entries.shape[0] - 1
-    at = key & mask
+    """Index of `key`'s entry, or of the empty entry where it would go."""
+    at = home(entries, key)
     while entries[at, SLOT] != 0 and entries[at, KEY] != key:
-        at = (at + 1) & mask
+        at += 1
+        if at == entries.shape[0]:
+            at = 0
     return at
 
 
@@ -59,9 +70,8 @@ def position(entries, key):  # type: ignore[no-untyped-def]
 def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: int, slots: Int32) -> tuple[int, int]:
     """Slots of keys[done:], until the table is full. Returns (keys done, keys in the table)."""
     limit = entries.shape[0] * 7 // 10
-    mask = entries.shape[0] - 1
     for i in range(done, len(keys)):
-        prefetch(entries, keys[min(i + AHEAD, len(keys) - 1)] & mask)
+        prefetch(entries, home(entries, keys[min(i + AHEAD, len(keys) - 1)]))
         at = position(entries, keys[i])
         if entries[at, SLOT] == 0:
             if count >= limit:
@@ -76,30 +86,26 @@ def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: in
 
 @numba.njit(cache=True, nogil=True)
 def _find(entries: Int64, keys: Int64, slots: Int32) -> None:
-    mask = entries.shape[0] - 1
     for i in range(len(keys)):
-        prefetch(entries, keys[min(i + AHEAD, len(keys) - 1)] & mask)
+        prefetch(entries, home(entries, keys[min(i + AHEAD, len(keys) - 1)]))
         slots[i] = (entries[position(entries, keys[i]), SLOT] & LOWER) - 1
 
 
 @numba.njit(cache=True, nogil=True)
 def _place(source: Int64, target: Int64) -> None:
     """Every occupied entry of `source` into `target`, which has room."""
-    n, mask = source.shape[0], target.shape[0] - 1
+    n = source.shape[0]
     for i in range(n):
-        prefetch(target, source[min(i + AHEAD, n - 1), KEY] & mask)
+        prefetch(target, home(target, source[min(i + AHEAD, n - 1), KEY]))
         if source[i, SLOT] != 0:
             at = position(target, source[i, KEY])
             for j in range(3):
                 target[at, j] = source[i, j]
 
 
-def _power_of_two(count: int) -> int:
+def _size(count: int) -> int:
     """Smallest table for `count` keys."""
-    size = 16
-    while size * 7 // 10 < count:
-        size *= 2
-    return size
+    return max(16, -(-count * 10 // 7))
 
 
 def aligned_zeros(shape: tuple[int, int], kind: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -121,7 +127,7 @@ class KeyTable:
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        self.entries: Int64 = aligned_zeros((_power_of_two(capacity), 3), np.int64)
+        self.entries: Int64 = aligned_zeros((_size(capacity), 3), np.int64)
         self.evicted = 0
         """Keys forgotten so far."""
         self._count = 0
@@ -160,8 +166,12 @@ class KeyTable:
         self._count = count
 
     def grow(self, expected: int = 0) -> None:
-        """Twice the room, or room for `expected` keys if that is more. Slots stay."""
-        self._rebuild(self.entries, max(2 * self.entries.shape[0], _power_of_two(expected)))
+        """Twice the room, or where that is much a quarter more, or room for `expected` keys if that is more.
+
+        Slots stay.
+        """
+        size = self.entries.shape[0]
+        self._rebuild(self.entries, max(2 * size if size < _LARGE else size + size // 4, _size(expected)))
 
     def evict(self, max_keys: int) -> Int32 | None:
         """Forget the keys longest unseen (of equals the oldest) beyond `max_keys`.

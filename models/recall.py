@@ -8,7 +8,7 @@ import numpy as np
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.familiarity import known_child, new_child
 from flowsage.models.key_levels import ES, ES_ALL, O_SOURCES, S_SS, S_SS_NEW, SS, SS_ALL, E, O, S, level_key
-from flowsage.models.keys import LOWER, SLOT, position
+from flowsage.models.keys import LOWER, SLOT, home, position
 
 _BATCH = 32
 _ASKED = (S, SS, E, ES, O)
@@ -35,7 +35,7 @@ def recall(  # type: ignore[no-untyped-def]
             c = batch + i
             for level in _ASKED:
                 at[level, i] = level_key(level, hashes[src[c]], hashes[dst[c]], service[c])
-                prefetch(entries[level], at[level, i] & (entries[level].shape[0] - 1))
+                prefetch(entries[level], home(entries[level], at[level, i]))
         for i in range(size):
             for level in _ASKED:
                 row[level, i] = (entries[level][position(entries[level], at[level, i]), SLOT] & LOWER) - 1
