@@ -122,7 +122,7 @@ class Scratch(NamedTuple):
 
         return cls(
             room(s, 8), room(s, 4), room(svc, 4), room(ss, 8), memory.empty((ss, 2), np.int32),
-            room(e, 2), memory.empty((es, 2), np.int32), room(es, 4), room(o, 4),
+            room(e, 1), memory.empty((es, 2), np.int32), room(es, 2), room(o, 4),
             room(o, 4),
         )  # fmt: skip
 
@@ -185,12 +185,11 @@ def familiarity(  # type: ignore[no-untyped-def]
             if run.kept[c]:
                 s_n[s, 1] = 1.0
                 ss_n[ss, 1] = 1.0
-                es_n[es, 1] = 1.0
-            if run.answered[c] > 0:
-                es_n[es, 2] = 1.0
+            # A kept contact counts 1, an answered one 2.
+            es_n[es, 0] = int(es_n[es, 0]) | int(run.kept[c]) | int(run.answered[c] > 0) << 1
             ss_up[ss, 0] = s
             ss_up[ss, 1] = svc_rows.row[v]
-            e_n[e_rows.row[v], 1] = s
+            e_n[e_rows.row[v], 0] = s
             es_up[es, 0] = ss
             es_up[es, 1] = o
         # es: tokens for its parents.
@@ -204,20 +203,19 @@ def familiarity(  # type: ignore[no-untyped-def]
             if es_count[slot, ES_KEPT] > 0.0:
                 ss_n[ss, 2] = 1.0
             ss_n[ss, 3] += 1.0
-            es_n[r, 3] = es_count[slot, ES_ALL]
+            es_n[r, 1] = es_count[slot, ES_ALL]
             es_count[slot, ES_ALL] += 1.0
-            if es_n[r, 3] == 0.0:
-                es_n[r, 0] = 1.0
+            if es_n[r, 1] == 0.0:
                 ss_n[ss, 4] += 1.0
-            if es_n[r, 2] > 0.0:
+            if es_n[r, 0] >= 2.0:
                 o_n[o, 0] += 1.0
                 if es_count[slot, ES_ANSWERED] == 0.0:
                     o_n[o, 1] += 1.0
                 es_count[slot, ES_ANSWERED] += 1.0
-            es_count[slot, ES_KEPT] += es_n[r, 1]
+            es_count[slot, ES_KEPT] += int(es_n[r, 0]) & 1
         for r in range(n_e):
             prefetch(e_count, e_rows.row_slot[e0 + min(r + AHEAD, n_e - 1)])
-            s, slot = int(e_n[r, 1]), e_rows.row_slot[e0 + r]
+            s, slot = int(e_n[r, 0]), e_rows.row_slot[e0 + r]
             e_n[r, 0] = e_count[slot, 0]
             e_count[slot, 0] += 1.0
             s_n[s, 4] += 1.0
@@ -309,15 +307,16 @@ def familiarity(  # type: ignore[no-untyped-def]
         # Ranks of the first meetings, and the token of each source: s_n[., 4], [., 5] are its largest D and where.
         s_n[:n_s, 4] = -1.0
         for r in range(n_es):
-            if es_n[r, 0] == 0.0:
-                es_n[r, 1] = 0.0
+            answered = es_n[r, 0] >= 2.0
+            if es_n[r, 1] > 0.0:
+                es_n[r, 0] = 0.0
                 continue
             ss, o = es_up[r, 0], es_up[r, 1]
             s, svc = ss_up[ss, 0], svc_rows.row_slot[svc0 + ss_up[ss, 1]]
             d = max(0.0, o_n[o, 2])
             b = bucket(d)
-            es_n[r, 1] = meeting_rank(d, ranks[b], ranks[0], svc_ranks[svc, b], svc_ranks[svc, 0])
-            if es_n[r, 2] > 0.0 and d > s_n[s, 4]:
+            es_n[r, 0] = meeting_rank(d, ranks[b], ranks[0], svc_ranks[svc, b], svc_ranks[svc, 0])
+            if answered and d > s_n[s, 4]:
                 s_n[s, 4] = d
                 s_n[s, 5] = svc
         for r in range(n_s):
@@ -340,7 +339,7 @@ def familiarity(  # type: ignore[no-untyped-def]
                 prefetch(ss_n, ss_rows.row[soon])
                 prefetch(o_n, o_rows.row[soon])
                 s, svc, ss, es = s_rows.row[v], svc_rows.row[v], ss_rows.row[v], es_rows.row[v]
-                new, ports = es_n[es, 0] > 0.0, (run.service[c] & _PORT) > 0
+                new, ports = es_n[es, 1] == 0.0, (run.service[c] & _PORT) > 0
                 line[way, B_S] = s_t[s, 0]
                 line[way, B_SS] = ss_n[ss, 0]
                 line[way, K_SS] = ss_n[ss, 1]
@@ -351,13 +350,13 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, P_SS] = ss_n[ss, 4]
                 line[way, C_ES] = ss_n[ss, 5] if new and ports else 0.0
                 line[way, C_E] = s_t[s, 2] if e_n[e_rows.row[v], 0] == 0.0 and not ports else 0.0
-                line[way, DC] = es_n[es, 1] if ports else 0.0
+                line[way, DC] = es_n[es, 0] if ports else 0.0
                 line[way, F_O] = o_l[o_rows.row[v], 0]
                 line[way, N_O] = o_l[o_rows.row[v], 1]
                 line[way, G_O] = o_l[o_rows.row[v], 2]
                 line[way, D] = o_n[o_rows.row[v], 2]
                 if way == 0:
-                    before[c] = es_n[es, 3]
+                    before[c] = es_n[es, 1]
             if ways == 2:
                 line[0, DC] = line[1, DC] = min(line[0, DC], line[1, DC])
             for way in range(ways):

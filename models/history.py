@@ -165,7 +165,10 @@ class History:
             self._together(size, *(partial(assign, level) for level in (ES, E, SS, O, S, SVC)))
         sums = memory.empty((len(run.src) * run.ways, 4), np.float64)
         volumes = ((ES, flows.bytes_fwd, out.v_fwd), (S, flows.bytes_rev, out.v_rev))
-        self._together(size, beats, count, *(partial(learn_volume, *each) for each in volumes))
+        self._together(size, count, beats)
+        for level in (SVC, SS, O):  # of many contacts they are large, and not needed any more
+            rows[level] = _NO_ROWS
+        self._together(size, *(partial(learn_volume, *each) for each in volumes))
         k, pairs = int(rows[S].start[-1]), int(rows[E].start[-1])
         scratch = memory.empty(pairs, np.float64), memory.empty(pairs, np.int32), memory.empty(k, np.float64)
         host, window, host_score = np.empty(k, np.int32), np.empty(k, np.int64), np.empty(k)

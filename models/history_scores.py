@@ -91,11 +91,14 @@ class Outputs(NamedTuple):
         """Room for a run, with or without the terms of contacts.
 
         Zeros where only what is not zero gets written; np.zeros where that is rare, so that most of it is never
-        touched, and takes no memory.
+        touched, and takes no memory. Volumes that nobody asks for are where the scores will be, which are made of them
+        flow by flow.
         """
         known, lines = memory.empty(c, np.float64), memory.empty((len(TERMS), c * ways * terms), np.float64)
-        flow_score, beacon_score = (memory.empty(n, np.float64) for _ in range(2))
         v_rev, v_fwd = (memory.zeros(n * ways, np.float64) for _ in range(2))
+        flow_score, beacon_score = v_rev, v_fwd
+        if terms or ways > 1:
+            flow_score, beacon_score = (memory.empty(n, np.float64) for _ in range(2))
         llr, z, zc = (np.zeros(n * ways) for _ in range(3))
         return cls(known, lines, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
 

@@ -21,6 +21,9 @@ from flowsage.models.sage import EncoderConfig, SageEncoder
 BETAS: Final = (0.9, 0.999)
 LARGEST_GRADIENT: Final = 5.0
 
+_MOVED: Final = 1 << 14
+"""Rows of a view that are moved at once."""
+
 
 class View:
     """The memory as the network sees it, in row slot + 1 of each table; row 0 is a host that has done nothing.
@@ -59,11 +62,14 @@ class View:
         self.peers[place] = network.decoder.targets(embedding, sketch)
 
     def compact(self, remap: Int32) -> None:
-        """Host slots have moved."""
-        kept = torch.from_numpy(np.concatenate([[0], np.flatnonzero(remap[: self.hosts] >= 0) + 1]))
-        self.embedding, self.peers = self.embedding[kept], self.peers[kept]
-        self.sketch = None if self.sketch is None else self.sketch[kept]
-        self.hosts = len(kept) - 1
+        """Host slots have moved: rows move up in place, a piece at a time, since none comes from before its place."""
+        kept = torch.from_numpy(np.flatnonzero(remap[: self.hosts] >= 0) + 1)
+        for begin in range(0, len(kept), _MOVED):
+            rows = kept[begin : begin + _MOVED]
+            for table in (self.embedding, self.peers, self.sketch):
+                if table is not None:
+                    table[begin + 1 : begin + 1 + len(rows)] = table[rows]
+        self.hosts = len(kept)
 
     def grow(self) -> None:
         """Rows for new hosts, as if they had done nothing yet."""
