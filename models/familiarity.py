@@ -46,6 +46,7 @@ from flowsage.models.terms import (
     C_ES,
     C_SS,
     DC,
+    F_0,
     F_O,
     F_S,
     F_SS,
@@ -64,6 +65,7 @@ Float64 = npt.NDArray[np.float64]
 _THETA, _D, _POOLED = CONSTANTS.strength, CONSTANTS.discount, CONSTANTS.pooled
 _ALL, _OWN, _LAST = CONSTANTS.rank_all, CONSTANTS.rank_service, int(CONSTANTS.buckets) - 1
 _PORT = (1 << SERVICE_BITS) - 1
+_FADE = CONSTANTS.cold_windows
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -137,7 +139,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     its first). loads: what `load` knows, of slots of o and of all. pool f8[3]: sum of x over all rows of s so far, and
     their number; services so far. ranks i64[64],
     svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. weights
-    f8[15]. Out: sums f8[v, 4] (`contact_sums`), terms f8[15, v] (`TERMS`) unless it has no columns, before f8[c]:
+    f8[16]. Out: sums f8[v, 4] (`contact_sums`), terms f8[16, v] (`TERMS`) unless it has no columns, before f8[c]:
     earlier windows of es (forward way).
 
     With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
@@ -150,6 +152,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     P_ss         [ss new] max(0, ln(1+u) − ln(1+U/max(W,1))), u services new to s in this window, U before in W
                  windows of s
     C_es         [es new] `new_child` of ss's tokens (es, window); without ports instead C_e, the same of e under s
+    F_0          (60/(60 + E))² (max(0, F_ss) + max(0, F_s)/2), if it has a weight
     D            active(answered windows of o) + `new_child` of o's answered tokens (es, window)
     dc           [es new] `meeting_rank` of D; a (source, window) leaves one token: its largest D among answered first
                  meetings
@@ -331,6 +334,7 @@ def familiarity(  # type: ignore[no-untyped-def]
             o_l[:n_o] = 0.0
         # Out: each directed contact gets what its keys have.
         last = end - 1
+        cold = (_FADE / (_FADE + now)) ** 2 if weights[F_0] != 0.0 else 0.0
         for c in range(run.offsets[w], run.offsets[w + 1]):
             for way in range(ways):
                 v = c * ways + way
@@ -354,6 +358,7 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, F_O] = o_l[o_rows.row[v], 0]
                 line[way, N_O] = o_l[o_rows.row[v], 1]
                 line[way, G_O] = o_l[o_rows.row[v], 2]
+                line[way, F_0] = cold * (max(0.0, ss_n[ss, 2]) + 0.5 * max(0.0, s_t[s, 1]))
                 line[way, D] = o_n[o_rows.row[v], 2]
                 if way == 0:
                     before[c] = es_n[es, 1]

@@ -285,7 +285,7 @@ def _joined(parts: list[tuple[Int32, Int64, Float64]]) -> tuple[Int32, Int64, Fl
 
 
 def _weights(weights: Weights) -> tuple[Float64, Float64]:
-    """Weights of a contact's terms [15], and of a flow's own [4]."""
+    """Weights of a contact's terms [16], and of a flow's own [4]."""
     own = ("V_rev", "V_fwd", "T", "fail")
     return np.array([getattr(weights, k, 0.0) for k in TERMS]), np.array([getattr(weights, k) for k in own])
 

@@ -75,7 +75,7 @@ class Outputs(NamedTuple):
     known: Float64
     """[c] earlier windows."""
     terms: Float64
-    """[15, c·ways] `terms.TERMS`, or [15, 0]."""
+    """[16, c·ways] `terms.TERMS`, or [16, 0]."""
     v_rev: Float64
     """[n·ways], and so on."""
     v_fwd: Float64
@@ -134,7 +134,7 @@ class Parts:
     weights: Weights
 
     def table(self) -> Float64:
-        """Each term as a row f64[22, n], undirected the mean over both ways, and last "history": their weighted sum."""
+        """Each term as a row f64[23, n], undirected the mean over both ways, and last "history": their weighted sum."""
         out, ways, terms = self.out, self.ways, len(NAMES)
         index = self.of_flow if ways == 1 else (self.of_flow[:, None] * ways + np.arange(ways)).ravel()
         table = np.empty((terms + 1, len(self.of_flow)))

@@ -36,6 +36,8 @@ class Weights:
     """Crowds: many sources at once (enterprise AP .63 → .71, of host-windows .36 → .60, with F_o)."""
     G_o: float = 4.0
     """Floods in the first minutes, when nothing has a past."""
+    F_0: float = 1.0
+    """Bursts of sources, the same: until there is a past, what a source does beside its peers is all that is known."""
     V_rev: float = 0.5
     V_fwd: float = 0.35
     """Exfiltration .54 → .83. DETECTION.md has ½: benign uploads of a new size then stand above all (AP .70 → .73)."""

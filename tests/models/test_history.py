@@ -244,8 +244,10 @@ def test_the_first_windows_terms_are_those_done_by_hand() -> None:
     assert terms["P_ss"] == pytest.approx([math.log(2)] * 3)
     # All tokens of −ln p: p = 10 · (20 e^−D/20)/10 = e^−D.
     assert terms["dc"] == pytest.approx([d] * 3)
+    assert terms["F_0"] == pytest.approx(1.5 * np.maximum(0, terms["F_s"]))
     assert terms["fail"].tolist() == [0, 0, 1]
     weights = {"B_s": 1, "B_ss": 0.5, "K_ss": 0.25, "B_svc": 0.5, "F_s": 0.5, "F_ss": 1, "P_ss": 0.5, "dc": 0.5}
+    weights |= {"F_0": 1}
     expected = sum(w * terms[name] for name, w in weights.items()) + 1.5 * terms["fail"]
     assert terms["history"] == pytest.approx(expected)
 

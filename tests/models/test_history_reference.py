@@ -20,9 +20,9 @@ from flowsage.models.history import History, HistoryConfig, HistoryScores
 from flowsage.models.weights import WEIGHTS
 
 MINUTE = 60_000_000_000
-LOAD = {"F_o", "N_o", "G_o"}
+BEYOND = {"F_o", "N_o", "G_o", "F_0"}
 """Terms that the reference has not."""
-REFERENCE = replace(WEIGHTS, **dict.fromkeys(LOAD, 0.0), V_fwd=0.5)
+REFERENCE = replace(WEIGHTS, **dict.fromkeys(BEYOND, 0.0), V_fwd=0.5)
 """The weights that it has."""
 
 
@@ -77,9 +77,9 @@ def test_every_term_and_score_equals_the_reference(
     flow, hosts, expected = reference.detect(table.to_pandas(), undirected)
     np.testing.assert_allclose(scores.flow_score, flow, atol=1e-8)
     np.testing.assert_allclose(scores.beacon_score, expected["Z"] + expected["Zc"], atol=1e-8)
-    assert scores.terms.keys() == expected.keys() - {"flow"} | LOAD
+    assert scores.terms.keys() == expected.keys() - {"flow"} | BEYOND
     for term, values in scores.terms.items():
-        np.testing.assert_allclose(values, 0.0 if term in LOAD else expected[term], atol=1e-8, err_msg=term)
+        np.testing.assert_allclose(values, 0.0 if term in BEYOND else expected[term], atol=1e-8, err_msg=term)
     names = np.asarray(from_table(table).hosts.names.to_pylist(), object)
     ours = pd.DataFrame({"host": names[scores.host], "window_start_ns": scores.window * MINUTE, "ours": scores.score})
     merged = hosts.merge(ours, on=["host", "window_start_ns"], how="outer")
@@ -94,7 +94,7 @@ def test_every_term_and_score_equals_the_reference(
         ("dapt2020", False, (0.969, 0.921), (0.851, 0.272)),
         ("iot23_34_1", False, (0.993, 1.0), (0.984, 1.0)),
         ("ctu50_sensors", False, (0.981, 0.978), (0.969, 0.992)),
-        ("westermo", True, (0.971, 0.943), (0.925, 0.796)),
+        ("westermo", True, (0.971, 0.945), (0.925, 0.807)),
     ],
 )
 def test_the_measured_table_is_reached_on_the_small_files(

@@ -81,6 +81,22 @@ def test_load_is_what_plain_sums_say(undirected: bool) -> None:
         assert expected.max() > 0.3
 
 
+@pytest.mark.parametrize("undirected", [False, True])
+def test_bursts_count_again_while_nothing_has_a_past(undirected: bool) -> None:
+    table = traffic(8, minutes=20)
+    flows = from_table(table, undirected=undirected)
+    seen = contacts(flows, MINUTE)
+    earlier = np.repeat(np.arange(len(seen.windows)), np.diff(seen.flow_offsets))
+    terms = whole(table, HistoryConfig(undirected=undirected)).terms
+    if not undirected:  # else of the mean of both ways
+        burst = np.maximum(0.0, terms["F_ss"]) + np.maximum(0.0, terms["F_s"]) / 2
+        np.testing.assert_allclose(terms["F_0"], (60 / (60 + earlier)) ** 2 * burst, atol=1e-12)
+    off = HistoryConfig(undirected=undirected, weights=replace(WEIGHTS, F_0=0.0))
+    scores = whole(table, off)
+    assert not scores.terms["F_0"].any()
+    np.testing.assert_allclose(scores.terms["history"] + terms["F_0"], terms["history"], atol=1e-9)
+
+
 def test_what_is_ordinary_bears_no_load() -> None:
     terms = whole(traffic(4)).terms
     assert not terms["F_o"].any()
