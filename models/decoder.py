@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowsage.models import signatures
 from flowsage.models.columns import Float32, Int32, Int64
-from flowsage.models.popularity import keys_of
+from flowsage.models.keys import mix
 from flowsage.models.sage import seed_parameters
 
 TOWER: Final = 32
@@ -23,17 +24,27 @@ GAIN: Final = 8.0
 """Overlaps are cosines, most of them small: a coefficient has to become large, and Adam's steps are of one size."""
 
 
-def service_rows(service: Int32) -> Int64:
-    """Two hashed rows i64[n, 2] of the service table for each service code."""
-    keys = keys_of(service)
-    rows = np.empty((len(keys), 2), np.int64)
-    rows[:, 0], rows[:, 1] = keys & np.uint64(_CODES - 1), (keys >> np.uint64(20)) & np.uint64(_CODES - 1)
-    return rows
+_OF_SOURCE: Final = tuple(a for a, _ in signatures.PAIRS)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def service_row(service):  # type: ignore[no-untyped-def]
+    """Two hashed rows of the service table for a service code."""
+    key = mix(0, service)
+    return np.int64(key & np.uint64(_CODES - 1)), np.int64((key >> np.uint64(20)) & np.uint64(_CODES - 1))
+
+
+@numba.njit(cache=True, nogil=True)
+def _service_rows(service, rows):  # type: ignore[no-untyped-def]
+    for i in range(len(service)):
+        rows[i, 0], rows[i, 1] = service_row(service[i])
 
 
 def service_codes(service: Int32) -> Tensor:
-    """`service_rows` as a tensor."""
-    return torch.from_numpy(service_rows(service))
+    """Two hashed rows i64[n, 2] of the service table for each service code."""
+    rows = np.empty((len(service), 2), np.int64)
+    _service_rows(service, rows)
+    return torch.from_numpy(rows)
 
 
 Linear = tuple[Float32, Float32]
@@ -97,18 +108,24 @@ class Decoder(nn.Module):
         )  # fmt: skip
 
     @staticmethod
-    def answer(plain: Plain, embedding: Float32, sketch: Float32 | None, codes: Int64) -> tuple[Float32, Float32]:
-        """As `sources`, without gradients and in NumPy: of a few rows, torch's own overhead is what costs (five times
-        as much)."""
-        service = plain.service[codes[:, 0]] + plain.service[codes[:, 1]]
-        hidden = np.maximum(_linear(plain.source[0], np.concatenate([embedding, service], 1)), 0)
-        tower = _linear(plain.source[1], hidden) * (1 + _linear(plain.diagonal, service)) * np.float32(TOWER**-0.5)
+    def answer(
+        plain: Plain, rows: Int64, service: Int32, embedding: Float32, sketch: Float32 | None
+    ) -> tuple[Float32, Float32]:
+        """As `sources`, without gradients and without torch, whose own overhead is what costs where rows are few (five
+        times as much): of `rows` i64[n] of the tables embedding f32[h, d] and sketch, and service codes i32[n]."""
+        n, d = len(rows), embedding.shape[1]
+        x, known = np.empty((n, d + SERVICE), np.float32), np.empty((n, SERVICE), np.float32)
+        _inputs(rows, service, embedding, plain.service, x, known)
+        hidden = _linear(plain.source[0], x)
+        np.maximum(hidden, 0, out=hidden)
+        tower = _linear(plain.source[1], hidden)
+        _scale(tower, _linear(plain.diagonal, known), np.float32(TOWER**-0.5))
         stranger = _linear(plain.stranger, tower)[:, 0]
         if plain.overlap is None or sketch is None:
             return tower, stranger
-        weight = np.float32(GAIN) * _linear(plain.overlap, service)
-        blocks = [sketch[:, a * signatures.WIDTH : (a + 1) * signatures.WIDTH] for a, _ in signatures.PAIRS]
-        return np.concatenate([tower, *(b * weight[:, k : k + 1] for k, b in enumerate(blocks))], 1), stranger
+        out = np.empty((n, TOWER + len(signatures.PAIRS) * signatures.WIDTH), np.float32)
+        _outputs(rows, sketch, tower, _linear(plain.overlap, known), np.float32(GAIN), out)
+        return out, stranger
 
     def targets(self, embedding: Tensor, sketch: Tensor | None) -> Tensor:
         """Target side f32[n, depth]."""
@@ -116,6 +133,37 @@ class Decoder(nn.Module):
         if not self.overlaps or sketch is None:
             return tower
         return torch.cat([tower, *(_block(sketch, b) for _, b in signatures.PAIRS)], 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _inputs(rows, service, embedding, table, x, known):  # type: ignore[no-untyped-def]
+    """Vectors of services to known f32[n, SERVICE], and what the source tower sees to x f32[n, d + SERVICE]."""
+    d = embedding.shape[1]
+    for i in range(len(rows)):
+        first, second = service_row(service[i])
+        for j in range(d):
+            x[i, j] = embedding[rows[i], j]
+        for j in range(SERVICE):
+            known[i, j] = x[i, d + j] = table[first, j] + table[second, j]
+
+
+@numba.njit(cache=True, nogil=True)
+def _scale(tower, diagonal, factor):  # type: ignore[no-untyped-def]
+    for i in range(tower.shape[0]):
+        for j in range(tower.shape[1]):
+            tower[i, j] = tower[i, j] * (np.float32(1) + diagonal[i, j]) * factor
+
+
+@numba.njit(cache=True, nogil=True)
+def _outputs(rows, sketch, tower, weight, gain, out):  # type: ignore[no-untyped-def]
+    """Towers, and behind them the blocks of sketches that overlaps are made of, weighted by service."""
+    for i in range(len(rows)):
+        for j in range(TOWER):
+            out[i, j] = tower[i, j]
+        for k in range(len(_OF_SOURCE)):
+            scale, begin = gain * weight[i, k], TOWER + k * signatures.WIDTH
+            for j in range(signatures.WIDTH):
+                out[i, begin + j] = sketch[rows[i], _OF_SOURCE[k] * signatures.WIDTH + j] * scale
 
 
 def _plain(layer: nn.Module) -> Linear:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -135,23 +136,31 @@ class Parts:
 
     def table(self) -> Float64:
         """Each term as a row f64[23, n], undirected the mean over both ways, and last "history": their weighted sum."""
-        out, ways, terms = self.out, self.ways, len(NAMES)
-        index = self.of_flow if ways == 1 else (self.of_flow[:, None] * ways + np.arange(ways)).ravel()
-        table = np.empty((terms + 1, len(self.of_flow)))
-        values = table[:terms] if ways == 1 else np.empty((terms, len(index)))
-        np.take(out.terms, index, axis=1, out=values[: len(TERMS)], mode="clip")
-        capped = values[B_S : K_SS + 1]
-        np.minimum(capped, values[D], out=capped, where=self.capped if ways == 1 else np.repeat(self.capped, ways))
+        out, table = self.out, np.empty((len(NAMES) + 1, len(self.of_flow)))
         regular = np.log1p(np.maximum(0.0, out.llr - CONSTANTS.regular_above) / 10.0)
-        failed = self.failed if ways == 1 else np.repeat(self.failed, ways)
-        own = out.v_rev, out.v_fwd, out.llr, out.z, out.zc, regular, failed
-        for row, value in enumerate(own, len(TERMS)):
-            values[row] = value
-        if ways > 1:
-            values = np.mean(values.reshape(terms, -1, ways), axis=2, out=table[:terms])
-        # Not `@`: its order of summation depends on the number of flows.
-        table[terms] = (_weighted(self.weights)[:, None] * values).sum(0)
+        own = out.v_rev, out.v_fwd, out.llr, out.z, out.zc, regular
+        _tabulate(self.ways, self.of_flow, self.capped, self.failed, out.terms, own, _weighted(self.weights), table)
         return table
+
+
+@numba.njit(cache=True, nogil=True)
+def _tabulate(ways, of_flow, capped, failed, terms, own, weights, table):  # type: ignore[no-untyped-def]
+    """Terms of contacts f8[16, c·ways] and what is a flow's own, 6 of f8[n·ways] and whether it failed, to `table`."""
+    count, last = len(TERMS), len(NAMES)
+    for i in range(len(of_flow)):
+        for way in range(ways):
+            v, j = of_flow[i] * ways + way, i * ways + way
+            limit = terms[D, v] if capped[i] else np.inf
+            for k in range(count):
+                value = min(terms[k, v], limit) if B_S <= k <= K_SS else terms[k, v]
+                table[k, i] = value if way == 0 else (table[k, i] + value) / ways
+            for k in range(len(own)):
+                table[count + k, i] = own[k][j] if way == 0 else (table[count + k, i] + own[k][j]) / ways
+        table[last - 1, i] = failed[i]
+        total = 0.0
+        for k in range(last):
+            total += weights[k] * table[k, i]
+        table[last, i] = total
 
 
 @cache

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowsage.models import signatures
 from flowsage.models.columns import Float32, Int32
-from flowsage.models.decoder import Decoder, service_codes, service_rows
+from flowsage.models.decoder import Decoder, service_codes
 from flowsage.models.memory import Batch, MeetingMemory
 from flowsage.models.plausibility import STEEPEST, batch_popularity
 from flowsage.models.profiles import FEATURES
@@ -115,9 +115,8 @@ class Network(torch.nn.Module):
     def sources(self, view: View, source: Int32, code: Int32) -> tuple[Float32, Float32]:
         """Towers f32[n, depth] of (source slot, service code), -1 being a host never seen, and f of an unseen
         target."""
-        rows = source.astype(np.int64) + 1
-        sketch = None if view.sketch is None else view.sketch.numpy()[rows]
-        tower, stranger = Decoder.answer(view.plain, view.embedding.numpy()[rows], sketch, service_rows(code))
+        rows, sketch = source.astype(np.int64) + 1, None if view.sketch is None else view.sketch.numpy()
+        tower, stranger = Decoder.answer(view.plain, rows, code, view.embedding.numpy(), sketch)
         return tower, np.minimum(np.maximum(stranger, np.float32(-STEEPEST)), np.float32(STEEPEST))
 
     def step(self, memory: MeetingMemory, batch: Batch, candidates: Int32, excess: Float32, view: View | None) -> float:

@@ -199,14 +199,30 @@ def _thin(met: Answers, asked: Int64, group: Int32) -> Int64:
 
 
 @lru_cache(maxsize=4)
-def _uniform(count: int, seed: int) -> Float64:
-    """`count` random numbers from 0 to 1."""
-    return np.random.default_rng(seed).random(count)
+def _uniform(count: int, seed: int) -> tuple[Float64, Int64]:
+    """`count` random numbers from 0 to 1, ascending, and where each of them stood."""
+    drawn = np.random.default_rng(seed).random(count)
+    order = np.argsort(drawn)
+    return drawn[order], order
 
 
 def draw(chance: Float32, count: int, seed: int) -> Int32:
     """`count` host slots with replacement, in proportion to chance f32[h]."""
-    total = np.cumsum(chance, dtype=np.float64)
-    at = _uniform(count, seed) * total[-1]
-    slots: Int32 = np.minimum(np.searchsorted(total, at, side="right"), len(chance) - 1).astype(np.int32)
+    slots = np.empty(count, np.int32)
+    _draw(chance, *_uniform(count, seed), slots)
     return slots
+
+
+@numba.njit(cache=True, nogil=True)
+def _draw(chance, ascending, order, slots):  # type: ignore[no-untyped-def]
+    """The slot below which the sum of chances, as a share of all, first exceeds each of `ascending` f64[m]."""
+    total = 0.0
+    for h in range(len(chance)):
+        total += np.float64(chance[h])
+    at, passed = 0, np.float64(chance[0])
+    for j in range(len(ascending)):
+        limit = ascending[j] * total
+        while passed <= limit and at < len(chance) - 1:
+            at += 1
+            passed += np.float64(chance[at])
+        slots[order[j]] = at

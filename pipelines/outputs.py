@@ -58,13 +58,23 @@ class ScoreTable:
 
     def write(self, path: Path, rows: int) -> None:
         """`rows` rows in input order; NaN where a flow was never scored (late)."""
-        table = {}
-        for kind, names in enumerate((_SCORES, _SHARES) if self._blocks else (_SCORES[:1],)):
+        lengths = [_BLOCK] * (len(self._blocks) - 1) + [self._used]
+        blocks = [(b[0][:n], b[1][:, :n], b[2][:, :n]) for b, n in zip(self._blocks, lengths, strict=False)]
+        begins = np.cumsum([0, *(len(block[0]) for block in blocks)]).tolist()
+        # As they came, where they came in the order of the rows: that of a file is the order of time.
+        ordered = begins[-1] == rows and all(
+            np.array_equal(block[0], np.arange(begin, begin + len(block[0])))
+            for begin, block in zip(begins, blocks, strict=False)
+        )
+        table: dict[str, Any] = {}
+        for kind, names in enumerate((_SCORES, _SHARES) if blocks else (_SCORES[:1],)):
             for k, name in enumerate(names):
+                if ordered and rows:
+                    table[name] = pa.chunked_array([block[1 + kind][k] for block in blocks])
+                    continue
                 column = np.full(rows, np.nan, np.float32 if kind else np.float64)
-                for block in self._blocks:
-                    used = self._used if block is self._blocks[-1] else _BLOCK
-                    column[block[0][:used]] = block[1 + kind][k, :used]
+                for block in blocks:
+                    column[block[0]] = block[1 + kind][k]
                 table[name] = column
         write_parquet(pa.table(table), path)
 
