@@ -164,10 +164,13 @@ class WindowBuffer:
             near = batch.start_ns <= now + self._max_ahead_ns
             self.counters.future += len(batch) - int(near.sum())
             batch = batch.take(np.flatnonzero(near))
-        before = self._watermark
-        reached = self._advance(state, batch, watermark_ns, now)
+        before: int | Int64 = self._watermark
+        if watermark_ns is None:
+            before = self._advance(state, batch, now)
+        else:
+            state.watermark = max(state.watermark, watermark_ns if now is None else min(watermark_ns, now))
         if len(batch):
-            self._hold(batch, reached if watermark_ns is None else np.full(len(batch), before, np.int64))
+            self._hold(batch, before)
         self._rise()
         return batch
 
@@ -186,14 +189,11 @@ class WindowBuffer:
                 state.idle = True
                 self.counters.idled += 1
 
-    def _advance(self, state: _Sensor, batch: FlowBatch, watermark_ns: int | None, now: int | None) -> Int64:
+    def _advance(self, state: _Sensor, batch: FlowBatch, now: int | None) -> Int64:
         """Move the sensor's watermark along the batch; returns what that of all was at each flow [n]."""
         others = min((s.watermark for s in self._listening() if s is not state), default=_ALWAYS)
         reached = np.empty(len(batch), np.int64)
-        if watermark_ns is not None:
-            state.watermark = max(state.watermark, watermark_ns if now is None else min(watermark_ns, now))
-            reached[:] = state.watermark
-        elif len(batch):
+        if len(batch):
             if state.watermark == _NEVER:
                 state.watermark = int(batch.start_ns[:_WITNESSES].min())
             state.watermark, state.witnesses, state.witnessed, jumps = _walk(
@@ -203,11 +203,11 @@ class WindowBuffer:
             self.counters.jumps += jumps
         return np.maximum(np.minimum(reached, others), self._watermark)
 
-    def _hold(self, batch: FlowBatch, before: Int64) -> None:
-        """Keep the flows whose window was open when they came; `before` [n] is the watermark that they met."""
+    def _hold(self, batch: FlowBatch, before: int | Int64) -> None:
+        """Keep the flows whose window was open when they came; `before`, one or [n], is the watermark that they met."""
         start = batch.start_ns
         first, last = int(start.min()), int(start.max())
-        if first < int(before[-1]):
+        if first < (before if isinstance(before, int) else int(before[-1])):
             self.counters.behind += int((start < before).sum())
             until = np.maximum((before - self.lateness_ns) // self.window_ns, self._closed_until)
             alive = start // self.window_ns >= until

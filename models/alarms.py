@@ -23,7 +23,7 @@ from flowsage.models import analytics as an
 from flowsage.models import beacon, levels, uploads
 from flowsage.models.alarm_config import AlarmConfig
 from flowsage.models.calibration import Calibration, Readiness
-from flowsage.models.cells import CELL, Memory, by_group
+from flowsage.models.cells import CELL, Memory, Store, by_group
 from flowsage.models.episodes import QUIET, Episodes, Offer
 from flowsage.models.finding import Evidence, Finding
 from flowsage.models.history_scores import ContactTerms
@@ -173,34 +173,31 @@ class Alarms:
     def _measure(self, now: float, c: Contacts, looked: ContactTerms, tails: Array) -> tuple[Array, Array]:
         """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `levels.judge` writes them."""
         n, m, config = len(c), self.memory, self.config
-        source, target = c.hosts.hash[c.src], c.hosts.hash[c.dst]
         service, told = np.ascontiguousarray(c.service), np.ascontiguousarray(c.told)
-        slots, keys, before = np.empty((5, n), np.int32), np.empty((3, n), np.uint64), len(m.hosts.table)
+        slots, keys, before = np.empty((6, n), np.int32), np.empty((6, n), np.uint64), len(m.hosts.table)
+        levels.key_hashes(c.hosts.hash[c.src], c.hosts.hash[c.dst], service, keys)
+        stores = m.hosts, m.services, m.pairs, m.contacts, m.codes
+        into, of = ([both[:2].reshape(-1), *both[2:]] for both in (slots, keys))
 
-        def of_hosts() -> Array:
-            slots[:2] = m.hosts.slots(np.concatenate((source, target)), self._block).reshape(2, n)
-            return m.codes.slots(
-                (service.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15), self._block
-            )
+        def find(*which: int) -> None:
+            Store.slots_each([stores[k] for k in which], [of[k] for k in which], [into[k] for k in which], self._block)
 
-        def of_keys() -> None:
-            levels.key_hashes(source, target, service, keys)
-            for j, store in enumerate((m.services, m.pairs, m.contacts)):
-                slots[2 + j] = store.slots(keys[j], self._block)
-
-        codes, _ = self._both(n, of_hosts, of_keys)
+        if n < THREADED:
+            find(*range(len(stores)))
+        else:
+            self._both(n, lambda: find(0, 4), lambda: find(1, 2, 3))
         h = m.hosts.arrays
         if len(m.hosts.table) > before:
             h["born"][before : len(m.hosts.table)] = now
             self._name(before, slots, c)
         born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
-        stores = m.hosts, m.services, m.pairs, m.contacts
-        cells, past = (tuple(s.arrays[name].reshape(-1, CELL) for s in stores) for name in ("cells", "past"))
+        cells, past = (tuple(s.arrays[name].reshape(-1, CELL) for s in stores[:4]) for name in ("cells", "past"))
         best = tuple(h[name] for name in _BEST)
-        known, counts, sent = np.empty((3, n), np.bool_), np.empty((3, n), np.int32), c.bytes_fwd - c.bytes_rev
-        for k, column in enumerate((looked.known, looked.pair_known, looked.service_known)):
-            np.greater(column, 0, out=known[k])
-        counts[0], counts[1], counts[2] = c.flows, c.answered, c.failed
+        known, counts, sent = np.empty((3, n), np.bool_), np.empty((3, n), np.int32), np.empty(n, np.int64)
+        levels.facts(
+            looked.known, looked.pair_known, looked.service_known, c.flows, c.answered, c.failed,
+            c.bytes_fwd, c.bytes_rev, known, counts, sent,
+        )  # fmt: skip
         fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
         shared, surprise = (np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss))
         what = service, counts, told, sent, shared, fresh, surprise, tails
@@ -212,11 +209,11 @@ class Alarms:
             self._active[0].append(active[0, :sources])
             self._active[1].append(active[1, :targets])
             levels.remember(
-                slots, *what, np.stack((c.first_ns, c.last_ns)), h["inside"], now, news, self._log.inc, self._log.meta,
+                slots, *what, c.first_ns, c.last_ns, h["inside"], now, news, self._log.inc, self._log.meta,
                 self._log.at,
             )  # fmt: skip
 
-        _, strength = self._both(n, register, lambda: self._beats(c, slots, codes, looked))
+        _, strength = self._both(n, register, lambda: self._beats(c, slots, looked))
         scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
         usual = uploads.usual(
             slots, sent, shared, cells[2], past[2], h["inside"], h["born"], h["received"], h["received_past"],
@@ -254,16 +251,16 @@ class Alarms:
         other = self._thread.submit(second)
         return first(), other.result()
 
-    def _beats(self, c: Contacts, slots: Array, codes: Array, looked: ContactTerms) -> Array:
+    def _beats(self, c: Contacts, slots: Array, looked: ContactTerms) -> Array:
         """Strength f8[c] of the beat of each contact's key, after the pane's contacts."""
         m, scale = self.memory, self.config.time_scale
         assert self._origin_ns is not None
         strength = np.empty(len(c))
         settled = max(GRANDFATHERED / scale, self._ready_at if self._ready_at >= 0 else np.inf)
         beacon.beats(
-            slots[4], codes, (c.first_ns - self._origin_ns) / 1e9, np.log1p(c.bytes_fwd / c.flows),
+            slots[4], slots[5], c.first_ns, self._origin_ns, np.log1p(c.bytes_fwd / c.flows),
             np.ascontiguousarray(looked.sources, np.float64), m.contacts.arrays["beat"], m.codes.arrays["tally"],
-            m.contacts.arrays["born"], np.maximum(settled, m.hosts.arrays["born"][slots[0]] + GRANDFATHERED / scale),
+            m.contacts.arrays["born"], slots[0], m.hosts.arrays["born"], settled, GRANDFATHERED / scale,
             scale, strength,
         )  # fmt: skip
         return strength

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from flowsage.models import beacon
 from flowsage.models.analytics import CONTACT, FAMILIES, HOST, PAIR, SERVICE, TABLE, WIDTH
-from flowsage.models.keys import KeyTable
+from flowsage.models.keys import KeyTable, find_or_insert_each
 from flowsage.models.prior import GROUPS
 
 Array = npt.NDArray[Any]
@@ -88,6 +89,21 @@ class Store:
         slots = self.table.find_or_insert(keys, tick)
         self._room(len(self.table))
         return slots
+
+    @staticmethod
+    def slots_each(
+        stores: Sequence[Store],
+        keys: Sequence[npt.NDArray[np.uint64]],
+        out: Sequence[npt.NDArray[np.int32]],
+        tick: int,
+    ) -> None:
+        """`slots` of `keys` in a store each, written to `out`; in one call where there is room for them."""
+        if find_or_insert_each([store.table for store in stores], keys, out, tick):
+            for store in stores:
+                store._room(len(store.table))
+            return
+        for store, each, slots in zip(stores, keys, out, strict=True):
+            slots[:] = store.slots(each, tick)
 
     def _room(self, needed: int) -> None:
         """Room for `needed` slots. What is not used yet, or is nought, is not written: only then it takes memory."""

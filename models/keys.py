@@ -10,6 +10,7 @@ the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -85,6 +86,13 @@ def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: in
 
 
 @numba.njit(cache=True, nogil=True)
+def _find_or_insert_each(entries, keys, tick, counts, slots):  # type: ignore[no-untyped-def]
+    """`_find_or_insert` of several tables that all have room; counts i64[·] keys in each."""
+    for k in range(len(entries)):
+        counts[k] = _find_or_insert(entries[k], keys[k], tick, 0, counts[k], slots[k])[1]
+
+
+@numba.njit(cache=True, nogil=True)
 def _find(entries: Int64, keys: Int64, slots: Int32) -> None:
     for i in range(len(keys)):
         prefetch(entries, home(entries, keys[min(i + AHEAD, len(keys) - 1)]))
@@ -114,6 +122,21 @@ def aligned_zeros(shape: tuple[int, int], kind: npt.DTypeLike) -> npt.NDArray[An
     memory = np.zeros(size + _LINE, np.uint8)
     begin = -memory.ctypes.data % _LINE
     return memory[begin : begin + size].view(kind).reshape(shape)
+
+
+def find_or_insert_each(tables: Sequence[KeyTable], keys: Sequence[UInt64], slots: Sequence[Int32], tick: int) -> bool:
+    """`find_or_insert` of contiguous keys u64[·] in a table each, in one call, into slots i32[·].
+
+    False, and nothing is done, where a table has no room for all of its keys.
+    """
+    if any(table.room < len(each) for table, each in zip(tables, keys, strict=True)):
+        return False
+    counts = np.array([len(table) for table in tables], np.int64)
+    signed = tuple(each.view(np.int64) for each in keys)
+    _find_or_insert_each(tuple(table.entries for table in tables), signed, tick, counts, tuple(slots))
+    for table, count in zip(tables, counts.tolist(), strict=True):
+        table.inserted(count)
+    return True
 
 
 class KeyTable:

@@ -49,12 +49,24 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 
 @numba.njit(cache=True, nogil=True)
 def key_hashes(source, target, service, out):  # type: ignore[no-untyped-def]
-    """Keys u64[3, c] of the (source, service), the pair and the contact."""
+    """Keys u64[6, c] of the source, the target, the (source, service), the pair, the contact and the service."""
     for i in range(len(source)):
         pair = mix(source[i], target[i])
-        out[0, i] = mix(source[i] ^ np.uint64(0x5E11), np.uint64(service[i]))
-        out[1, i] = pair
-        out[2, i] = mix(pair, np.uint64(service[i]))
+        out[0, i], out[1, i] = source[i], target[i]
+        out[2, i] = mix(source[i] ^ np.uint64(0x5E11), np.uint64(service[i]))
+        out[3, i] = pair
+        out[4, i] = mix(pair, np.uint64(service[i]))
+        out[5, i] = (np.uint64(service[i]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+
+
+@numba.njit(cache=True, nogil=True)
+def facts(known, pair_known, service_known, flows, answered, failed, fwd, rev, knows, counts, sent):  # type: ignore[no-untyped-def]
+    """What kernels want of contacts: knows bool[3, c] (the contact, the pair, the source's use of the service), counts
+    i32[3, c] (flows, answered, failed) and bytes sent i64[c], those received taken off."""
+    for i in range(len(flows)):
+        knows[0, i], knows[1, i], knows[2, i] = known[i] > 0, pair_known[i] > 0, service_known[i] > 0
+        counts[0, i], counts[1, i], counts[2, i] = flows[i], answered[i], failed[i]
+        sent[i] = fwd[i] - rev[i]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -170,7 +182,8 @@ def remember(  # type: ignore[no-untyped-def]
     fresh,
     surprise,
     tails,
-    times,
+    first,
+    last,
     inside,
     now,
     news,
@@ -198,7 +211,7 @@ def remember(  # type: ignore[no-untyped-def]
         at = which * half + log_at[which] % half
         log_at[which] += 1
         log_meta[at, 0], log_meta[at, 1], log_meta[at, 2] = source, target, service[i]
-        log_meta[at, 3], log_meta[at, 4], log_meta[at, 5] = times[0, i], times[1, i], counts[0, i]
+        log_meta[at, 3], log_meta[at, 4], log_meta[at, 5] = first[i], last[i], counts[0, i]
         log_meta[at, 6] = np.int64(now * 1e9)
         log_inc[at] = out
 

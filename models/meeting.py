@@ -164,17 +164,12 @@ class MeetingPrior:
         left it unasked, and while it is not ready. Changes nothing."""
         tails = np.full(len(contacts), np.nan)
         if self.waiting is None and first.any():
-            with threads_for(self._rows):
-                met = self._answers(contacts, first)
+            met = self._answers(contacts, first)
             tails[met.contact] = met.tail
         return tails
 
     def learn(self, contacts: Contacts, first: Bool) -> None:
         """Learn one closed window: what its hosts did, and its first meetings as far as they are plausible."""
-        with threads_for(self._rows):
-            self._learn(contacts, first)
-
-    def _learn(self, contacts: Contacts, first: Bool) -> None:
         c, window = self.config, int(contacts.windows[-1]) if len(contacts.windows) else 0
         met, hosts = self._answers(contacts, first), len(self.memory.hosts)
         self._asked = None
@@ -294,7 +289,8 @@ class MeetingPrior:
 
     def _current(self) -> View:
         if self._view is None:
-            self._view = View(self.network, self.memory)
+            with threads_for(len(self.memory.hosts)):
+                self._view = View(self.network, self.memory)
         return self._view
 
     def _refresh(self, trained: bool) -> None:
@@ -304,7 +300,8 @@ class MeetingPrior:
         """
         c, hosts = self.config, len(self.memory.hosts)
         if self._view is None:
-            self._view, self._stale = View(self.network, self.memory), []
+            self._current()
+            self._stale = []
             return
         self._view.grow()
         rows = np.empty(0, np.int32)
@@ -317,7 +314,8 @@ class MeetingPrior:
             self._turn = int(others[-1]) + 1
             rows = np.unique(np.concatenate([rows, others]))
         if len(rows):
-            self._view.refresh(rows.astype(np.int32))
+            with threads_for(len(rows)):
+                self._view.refresh(rows.astype(np.int32))
 
     def _ask(self, met: Answers) -> Candidates:
         c = self.config
@@ -353,12 +351,13 @@ class MeetingPrior:
     def _train(self) -> bool:
         """A training step; False if too little is remembered."""
         chance = np.random.default_rng([self.config.seed, self.windows])
-        found = self.gradients(self.network, chance, recent=self._meetings_since, seed=self.windows)
-        if found is None:
-            return False
-        self._meetings_since = 0
-        self.loss, gradients = found
-        self.network.descend(gradients)
+        with threads_for(self._rows):
+            found = self.gradients(self.network, chance, recent=self._meetings_since, seed=self.windows)
+            if found is None:
+                return False
+            self._meetings_since = 0
+            self.loss, gradients = found
+            self.network.descend(gradients)
         return True
 
     def _candidates(self, batch: Batch, seed: int) -> tuple[Int32, Float32]:
