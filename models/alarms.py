@@ -175,7 +175,7 @@ class Alarms:
         n, m, config = len(c), self.memory, self.config
         service, told = np.ascontiguousarray(c.service), np.ascontiguousarray(c.told)
         slots, keys, before = np.empty((6, n), np.int32), np.empty((6, n), np.uint64), len(m.hosts.table)
-        levels.key_hashes(c.hosts.hash[c.src], c.hosts.hash[c.dst], service, keys)
+        levels.all_keys(c.hosts.hash, c.src, c.dst, service, keys)
         stores = m.hosts, m.services, m.pairs, m.contacts, m.codes
         into, of = ([both[:2].reshape(-1), *both[2:]] for both in (slots, keys))
 
@@ -258,9 +258,9 @@ class Alarms:
         strength = np.empty(len(c))
         settled = max(GRANDFATHERED / scale, self._ready_at if self._ready_at >= 0 else np.inf)
         beacon.beats(
-            slots[4], slots[5], c.first_ns, self._origin_ns, np.log1p(c.bytes_fwd / c.flows),
+            slots[4], slots[5], (c.first_ns - self._origin_ns) / 1e9, np.log1p(c.bytes_fwd / c.flows),
             np.ascontiguousarray(looked.sources, np.float64), m.contacts.arrays["beat"], m.codes.arrays["tally"],
-            m.contacts.arrays["born"], slots[0], m.hosts.arrays["born"], settled, GRANDFATHERED / scale,
+            m.contacts.arrays["born"], np.maximum(settled, m.hosts.arrays["born"][slots[0]] + GRANDFATHERED / scale),
             scale, strength,
         )  # fmt: skip
         return strength

@@ -66,24 +66,21 @@ def _gap(state, k, gap):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def beats(  # type: ignore[no-untyped-def]
-    slots, services, first_ns, origin_ns, size, sources, state, tally, born, host, host_born, settled, spared,
-    time_scale, strength,
-):  # fmt: skip
+def beats(slots, services, first, size, sources, state, tally, born, grandfathered, time_scale, strength):  # type: ignore[no-untyped-def]
     """Strength Z f8[c] of the beat of each contact of a pane.
 
     slots, services i32[c] into state f8[·, 13] and tally f8[·, 2] (pairs of a service, regular ones among them);
-    first_ns i64[c], start of its first flow; size f8[c] = ln(1 + bytes a flow); sources f8[c] of (target, service);
-    born f8[·]: what was born, s since origin_ns, before `settled` or in the first `spared` of its `host` (i32[c],
-    host_born f8[·]) has no strength.
+    first s[c], start of its first flow; size f8[c] = ln(1 + bytes a flow); sources f8[c] of (target, service);
+    born f8[·]: what was born before `grandfathered` s[c] has no strength.
     """
     silence, least = SILENCE / time_scale, LEAST_GAP / time_scale
     for i in range(len(slots)):
-        k, v, t = slots[i], services[i], (first_ns[i] - origin_ns) / 1e9
+        k, v = slots[i], services[i]
         strength[i] = 0.0
         if state[k, SIZES] == 0.0:
-            state[k, SEEN] = state[k, VISIT] = state[k, SINCE] = t
+            state[k, SEEN] = state[k, VISIT] = state[k, SINCE] = first[i]
             tally[v, 0] += 1.0
+        t = first[i]
         if t - state[k, SEEN] > silence:
             gap = t - state[k, VISIT]
             state[k, VISIT] = t
@@ -109,7 +106,7 @@ def beats(  # type: ignore[no-untyped-def]
         state[k, SIZES] = seen
         state[k, SIZE_MEAN] += delta / seen
         state[k, SIZE_SQUARES] += delta * (size[i] - state[k, SIZE_MEAN])
-        if ratio > 8.0 and born[k] > max(settled, host_born[host[i]] + spared):
+        if ratio > 8.0 and born[k] > grandfathered[i]:
             spread = math.sqrt(max(0.0, state[k, SIZE_SQUARES]) / seen)
             jitter = math.sqrt(max(0.0, state[k, SQUARES]) / max(1.0, state[k, GAPS]))
             others = max(0.0, tally[v, 1] - state[k, REGULAR])

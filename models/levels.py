@@ -49,14 +49,21 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 
 @numba.njit(cache=True, nogil=True)
 def key_hashes(source, target, service, out):  # type: ignore[no-untyped-def]
-    """Keys u64[6, c] of the source, the target, the (source, service), the pair, the contact and the service."""
+    """Keys u64[3, c] of the (source, service), the pair and the contact."""
     for i in range(len(source)):
         pair = mix(source[i], target[i])
-        out[0, i], out[1, i] = source[i], target[i]
-        out[2, i] = mix(source[i] ^ np.uint64(0x5E11), np.uint64(service[i]))
-        out[3, i] = pair
-        out[4, i] = mix(pair, np.uint64(service[i]))
+        out[0, i] = mix(source[i] ^ np.uint64(0x5E11), np.uint64(service[i]))
+        out[1, i] = pair
+        out[2, i] = mix(pair, np.uint64(service[i]))
+
+
+@numba.njit(cache=True, nogil=True)
+def all_keys(hashes, src, dst, service, out):  # type: ignore[no-untyped-def]
+    """Keys u64[6, c] of the source, the target, then as `key_hashes`, and of the service; src, dst i32[c] in hashes."""
+    for i in range(len(src)):
+        out[0, i], out[1, i] = hashes[src[i]], hashes[dst[i]]
         out[5, i] = (np.uint64(service[i]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    key_hashes(out[0], out[1], service, out[2:5])
 
 
 @numba.njit(cache=True, nogil=True)

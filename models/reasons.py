@@ -131,11 +131,11 @@ class Reasons:
         the next family's where that family has none.
         """
         m, now = self.memory, self.now
-        keys = np.empty((6, 1), np.uint64)
+        keys = np.empty((3, 1), np.uint64)
         source_hash, target_hash = c.hosts.hash[c.src[[contact]]], c.hosts.hash[c.dst[[contact]]]
         levels.key_hashes(source_hash, target_hash, np.ascontiguousarray(c.service[[contact]]), keys)
         stores = m.hosts, m.services, m.pairs, m.contacts
-        slots = [source, *(int(store.table.find(key)[0]) for store, key in zip(stores[1:], keys[2:5], strict=True))]
+        slots = [source, *(int(store.table.find(key)[0]) for store, key in zip(stores[1:], keys, strict=True))]
         causes = m.hosts.arrays["causes"][source]
         best: dict[int, tuple[float, int, float, float]] = {}
         for a, analytic in enumerate(an.TABLE):
