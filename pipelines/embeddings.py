@@ -31,8 +31,9 @@ def embeddings_of(closed: ClosedWindows, prior: MeetingPrior, window_ns: int) ->
         yield pa.RecordBatch.from_arrays([start, names, values], ["window_start_ns", "host", "embedding"])
 
 
-def embedding_records(batches: Sequence[pa.RecordBatch]) -> Iterator[tuple[bytes | None, bytes, Headers]]:
-    """Key (none), value (an Arrow IPC stream, zstd) and headers of the record of each window."""
+def embedding_records(batches: Sequence[pa.RecordBatch], site: int) -> Iterator[tuple[bytes | None, bytes, Headers]]:
+    """Key (none), value (an Arrow IPC stream, zstd) and headers of the record of each window of a site, a partition of
+    the flows' topic."""
     for batch in batches:
         out = pa.BufferOutputStream()
         with pa.ipc.new_stream(out, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
@@ -43,7 +44,7 @@ def embedding_records(batches: Sequence[pa.RecordBatch]) -> Iterator[tuple[bytes
             out.getvalue().to_pybytes(),
             [
                 ("ce_specversion", b"1.0"),
-                ("ce_id", b"%d" % start),
+                ("ce_id", b"%d-%d" % (site, start)),
                 ("ce_type", b"flowsage.embeddings.v1"),
                 ("ce_source", b"/flowsage/scorer"),
                 ("ce_dataschema", b"urn:flowsage:embeddings:%d" % SCHEMA_VERSION),

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.resources
 import ipaddress
 import json
+from dataclasses import replace
 from typing import Any
 
 import communityid
@@ -131,6 +132,11 @@ def _attack(technique: str) -> dict[str, Any]:
         out["technique"]["name"] = name
         out["tactic"] = {"uid": tactic_uid, "name": tactic}
     return out
+
+
+def at_site(finding: Finding, site: int) -> Finding:
+    """The finding as one of a site, a partition of the flows' topic: two sites may see the same hosts do the same."""
+    return replace(finding, uid=f"{site}-{finding.uid}")
 
 
 def event_uid(finding: Finding) -> str:

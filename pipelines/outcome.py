@@ -10,7 +10,7 @@ import pyarrow as pa
 from flowsage.collector.sink import Headers
 from flowsage.models.finding import Finding
 from flowsage.pipelines.embeddings import embedding_records
-from flowsage.pipelines.findings import event_uid, to_json
+from flowsage.pipelines.findings import at_site, event_uid, to_json
 from flowsage.pipelines.log import Committed, LogRecord, Transaction
 from flowsage.pipelines.topics import anomalies_topic, dlq_topic, embeddings_topic
 
@@ -61,14 +61,14 @@ class Outcome:
         self.dead += other.dead
         self.embeddings += other.embeddings
 
-    def write(self, transaction: Transaction, prefix: str) -> None:
-        """Append it all, each to its topic."""
-        for finding in self.findings:
+    def write(self, transaction: Transaction, prefix: str, site: int) -> None:
+        """Append it all, each to its topic, as of a site: a partition of the flows' topic."""
+        for finding in (at_site(found, site) for found in self.findings):
             value = to_json(finding).encode()
             transaction.append(anomalies_topic(prefix), finding.host.encode(), value, _headers(finding))
         for dead in self.dead:
             transaction.append(dlq_topic(prefix), *dead.message())
-        for record in embedding_records(self.embeddings):
+        for record in embedding_records(self.embeddings, site):
             transaction.append(embeddings_topic(prefix), *record)
 
 

@@ -271,7 +271,7 @@ class Scoring:
         while True:
             try:
                 with seat.transactor.transaction() as transaction:
-                    seat.outcome.write(transaction, self.settings.kafka.prefix)
+                    seat.outcome.write(transaction, self.settings.kafka.prefix, number)
                     transaction.commit_offsets(self._consumer, {number: commit})
                 break
             except FencedError:

@@ -281,7 +281,10 @@ class Site:
         if values.get("version") != VERSION:
             raise ConfigurationError(f"it has version {values.get('version')}, this program reads {VERSION}")
         if different := different_settings(values["fingerprint"], fingerprint(settings)):
-            raise ConfigurationError(f"it was learnt under other settings ({different})")
+            raise ConfigurationError(
+                f"it was learnt under other settings ({different}): set them as they were to go on from it (a model "
+                "directory that has moved: link its old path to it), or name another --state to begin anew"
+            )
         try:
             detector = Detector.restore(detector_config(settings), arrays, values["detector"])
             site = cls(settings, out=out, saves=True, detector=detector)

@@ -16,6 +16,7 @@ import pytest
 from flowsage.collector.errors import ConfigurationError
 from flowsage.collector.sink import serialise
 from flowsage.pipelines.config import Settings
+from flowsage.pipelines.embeddings import embedding_records
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
 from flowsage.pipelines.outcome import Progress
@@ -204,6 +205,24 @@ def test_the_graph_is_restored_too(tmp_path: Path) -> None:
     assert len(table) > 10
 
 
+def test_two_sites_that_see_the_same_tell_it_under_identities_of_their_own() -> None:
+    log, clock = memory(partitions=2)
+    pairs = zip(*(stream(130.0, sensors=(name,)) for name in ("berlin", "paris")), strict=True)
+    publish(log, [batch for pair in pairs for batch in pair], clock)
+    run(log, settings())
+    events = [json.loads(value) for value in findings(log)]
+    uids = [e["finding_info"]["uid"] for e in events]
+    paris, berlin = ([u.removeprefix(f"{n}-") for u in uids if u.startswith(f"{n}-")] for n in (0, 1))
+    assert paris == berlin
+    assert len(paris) + len(berlin) == len(events) > 0
+    assert len({e["metadata"]["uid"] for e in events}) == len(events)
+    window = pa.RecordBatch.from_pydict({"window_start_ns": [6 * 10**9], "host": ["a"], "embedding": [[0.0]]})
+    assert [dict(headers)["ce_id"] for n in (0, 1) for _, _, headers in embedding_records([window], n)] == [
+        b"0-6000000000",
+        b"1-6000000000",
+    ]
+
+
 def test_a_repeated_batch_is_dropped_and_counted_and_a_gap_is_counted_as_lost(
     batches: list[Batch], undisturbed: list[bytes]
 ) -> None:
@@ -319,7 +338,7 @@ def test_one_sensor_an_hour_ahead_and_one_an_hour_behind_change_nothing_for_the_
 
 
 def test_a_second_scorer_takes_half_the_partitions_and_gives_them_back(tmp_path: Path) -> None:
-    sites = {name: stream(seed=n, sensors=(name,)) for n, name in enumerate(("east", "west"))}
+    sites = {name: stream(seed=n, sensors=(name,)) for n, name in enumerate(("paris", "berlin"))}
     together = [b for pair in zip(*sites.values(), strict=True) for b in pair]
     logs = []
     for disturbed in (False, True):
@@ -440,6 +459,7 @@ def test_a_torn_or_foreign_snapshot_is_refused_by_name_and_the_one_before_it_use
     for path in (torn, emptied, foreign, older, other):
         assert any(f"{path.name} is refused" in r.message for r in caplog.records), path
     assert any("learnt under other settings (windows.window was" in r.message for r in caplog.records)
+    assert any("name another --state to begin anew" in r.message for r in caplog.records)
     assert f"goes on from the snapshot at offset {int(files[-6].stem)}" in told[0]
     scoring.close()
 
