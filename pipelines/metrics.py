@@ -57,6 +57,9 @@ METRICS = (
     Metric("flowsage_records_lost", "counter", "Flow records lost after the drain, by reason.", "reason"),
     Metric("flowsage_records_spooled", "gauge", "Flow records that wait on disk for the log to take them."),
     Metric("flowsage_interface_up", "gauge", "Whether the program is attached to the interface.", "interface"),
+    Metric(
+        "flowsage_interface_unwatched_seconds", "gauge", "How long changing its mode left it unwatched.", "interface"
+    ),
     Metric("flowsage_flows_consumed", "counter", "Flow records the scorer has consumed."),
     Metric("flowsage_flows_scored", "counter", "Flow records scored in a closed window."),
     Metric("flowsage_flows_late", "counter", "Flow records that came after their window had closed."),

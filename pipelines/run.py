@@ -60,6 +60,7 @@ def sensor_metrics(agent: Agent) -> Mapping[str, Value]:
         "flowsage_records_lost": ledger.records_lost,
         "flowsage_records_spooled": ledger.records_pending,
         "flowsage_interface_up": {name: float(state == "watched") for name, state in agent.interfaces().items()},
+        "flowsage_interface_unwatched_seconds": {name: ns / 1e9 for name, ns in ledger.unwatched_ns.items()},
     }
 
 

@@ -171,6 +171,11 @@ def lines(samples: Samples) -> list[str]:
             f"{number('packets_delivered_total')} in records + {number('flow_table_packets')} in the table + "
             f"{number('ring_packets')} in the ring + not in flows ({by('packets_unaccounted_total')})"
         )
+        gaps = samples.get("flowsage_interface_unwatched_seconds", {})
+        out += [
+            f"           {name} was not watched for {seconds * 1e3:,.1f} ms while its mode changed"
+            for name, seconds in sorted(gaps.items())
+        ]
     if one("flows_consumed_total") is not None:
         mark = one("watermark_timestamp_seconds")
         when = datetime.fromtimestamp(mark, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if mark else "none yet"

@@ -82,6 +82,16 @@ def test_status_says_whether_the_ledger_closes(served: tuple[Metrics, int]) -> N
     assert "closes exactly" in "\n".join(lines(fetch("127.0.0.1", port)))
 
 
+def test_status_says_how_long_an_interface_went_unwatched(served: tuple[Metrics, int]) -> None:
+    metrics, port = served
+    values = example()
+    metrics.add(lambda: values)
+    values["flowsage_interface_unwatched_seconds"] = {}
+    assert "not watched" not in "\n".join(lines(fetch("127.0.0.1", port)))
+    values["flowsage_interface_unwatched_seconds"] = {"eth0": 0.0123}
+    assert "eth0 was not watched for 12.3 ms" in "\n".join(lines(fetch("127.0.0.1", port)))
+
+
 def test_status_with_nobody_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotRunningError, match=r"is `flowsage run` running"):
         fetch("127.0.0.1", free_port())
