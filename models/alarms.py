@@ -44,7 +44,7 @@ THREADED = 1 << 14
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-VERSION = 4
+VERSION = 5
 
 _BEST, _RUN = by_group("best"), by_group("run")
 
@@ -93,10 +93,10 @@ class Alarms:
         settled = c.settle_ns / c.block_ns
         return self.calibration.allowed(c.budget, c.least_a_day, self._blocks_a_day, settled, untried)
 
-    def step(self, now_ns: int, contacts: Contacts, looked: ContactTerms, tails: Array) -> list[Finding]:
+    def step(self, now_ns: int, contacts: Contacts, looked: ContactTerms, misplaced: Array) -> list[Finding]:
         """Findings created, updated or closed by the c contacts that arrived until `now_ns` (ns, the end of the pane).
 
-        tails f8[c]: plausibility of first meetings (NaN: not asked, or not ready).
+        misplaced f8[c]: how much first meetings are out of place, 0 to 1 (NaN: not asked, or not ready).
         """
         if self._origin_ns is None:
             self._origin_ns = (now_ns - 1) // self.config.pane_ns * self.config.pane_ns
@@ -107,32 +107,34 @@ class Alarms:
         self.contacts_seen += len(contacts)
         told: list[Finding] = []
         if len(contacts) <= PIECE:
-            told += self._look(now_ns, contacts, looked, tails)
+            told += self._look(now_ns, contacts, looked, misplaced)
         else:
             for begin in range(0, len(contacts), PIECE):
                 part = slice(begin, begin + PIECE)
-                told += self._look(now_ns, contacts.some(begin, part.stop), looked.some(part), tails[part])
+                told += self._look(now_ns, contacts.some(begin, part.stop), looked.some(part), misplaced[part])
         return told + self.episodes.close(now_ns)
 
-    def _look(self, now_ns: int, contacts: Contacts, looked: ContactTerms, tails: Array) -> list[Finding]:
+    def _look(self, now_ns: int, contacts: Contacts, looked: ContactTerms, misplaced: Array) -> list[Finding]:
         """Findings created or updated by contacts of a pane, no more than a `PIECE` of them."""
         assert self._origin_ns is not None
         # Two looks at one time would be one touch: the later one counts as a moment later.
         self._now = now = max((now_ns - self._origin_ns) / 1e9, self._now + 1e-6)
         if not len(contacts):
             return []
-        found, values = self._measure(now, contacts, looked, np.ascontiguousarray(tails, np.float64))
+        found, values = self._measure(now, contacts, looked, np.ascontiguousarray(misplaced, np.float64))
         if not len(found):
             return []
         told = self.episodes.offer(now_ns, self._offers(contacts, found, values), self.allowed)
-        self._note(self.episodes.begun)
+        self._note(self.episodes)
         return told
 
-    def _note(self, begun: list[Offer]) -> None:
-        """Findings that have begun count against the p-values of their analytics."""
-        for o in begun:
+    def _note(self, e: Episodes) -> None:
+        """Findings that have begun count against their analytics' p-values, until another family bears them out."""
+        for o in e.begun:
             self.calibration.note(o.analytic, o.excess)
-        if begun:
+        for analytic, excess in e.borne_out:
+            self.calibration.bear_out(analytic, excess)
+        if e.begun or e.borne_out:
             self._floors = self.calibration.floors(self.config.budget)
 
     def take_p_values(self, hosts: UInt64) -> Array:
@@ -170,7 +172,7 @@ class Alarms:
             if remap is not None and store is self.memory.hosts:
                 self._log.follow(remap)
 
-    def _measure(self, now: float, c: Contacts, looked: ContactTerms, tails: Array) -> tuple[Array, Array]:
+    def _measure(self, now: float, c: Contacts, looked: ContactTerms, misplaced: Array) -> tuple[Array, Array]:
         """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `levels.judge` writes them."""
         n, m, config = len(c), self.memory, self.config
         service, told = np.ascontiguousarray(c.service), np.ascontiguousarray(c.told)
@@ -200,7 +202,7 @@ class Alarms:
         )  # fmt: skip
         fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
         shared, surprise = (np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss))
-        what = service, counts, told, sent, shared, fresh, surprise, tails
+        what = service, counts, told, sent, shared, fresh, surprise, misplaced
 
         def register() -> None:
             sources, targets, news = levels.register(

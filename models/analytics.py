@@ -48,6 +48,8 @@ class Analytic:
     least      level below which nobody would act on it, so nothing is raised: in `unit`
     learns     whether what was named becomes record once it is over: a backup is told once, a scan each time
     scale      how much of `unit` one unit of level is
+    doubles    each unit doubles 1 + level, so that x counts them, in ln 2: two are twice as strange as one, not half as
+               strange again, and one that was seen before takes away one
     """
 
     name: str
@@ -61,6 +63,7 @@ class Analytic:
     least: float
     learns: bool = False
     scale: float = 1.0
+    doubles: bool = False
 
     @property
     def prior(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -97,8 +100,8 @@ TABLE: tuple[Analytic, ...] = (
              "{host} used {count} services that are new to it in {span}", 8),
     Analytic("beacon", "beacon", "source", CONTACT, 0.0, "T1071", "strength of the beat",
              "{host} calls {peer} on {service} like a clock, {beats}", 1),
-    Analytic("meeting", "novelty", "source", HOST, HOUR, "T1078", "nats of implausible first meetings",
-             "{host} met {count} peers that hosts like it do not meet in {span}", 8),
+    Analytic("meeting", "novelty", "source", HOST, HOUR, "T1078", "peers that hosts like it do not meet",
+             "{host} met {count} peers that hosts like it do not meet in {span}", 1.5, doubles=True),
     Analytic("joint", "joint", "source", HOST, 0.0, None, "nats of several causes",
              "{host} does several unusual things at once", 4),
 )  # fmt: skip
@@ -129,18 +132,23 @@ IS_TARGET = np.array([a.role == "target" for a in TABLE])
 TAU = np.array([a.tau for a in TABLE])
 COLUMN = np.array([sum(b.kind == a.kind for b in TABLE[:i]) for i, a in enumerate(TABLE)], np.int64)
 """Position of an analytic among those of its kind."""
-SHARE = np.array([{"beacon": 0.2, "sweep": 0.15, "exfil": 0.15, "fail": 0.15}.get(a.name, 0.075) for a in TABLE])
+SHARE = np.array(
+    [{"beacon": 0.2, "sweep": 0.15, "exfil": 0.15, "fail": 0.15, "meeting": 0.15}.get(a.name, 0.075) for a in TABLE]
+)
 """Share of an analytic in the budget: p of a host is the smallest p / share (weighted Bonferroni, Genovese 2006, with
 ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
 minute, so a beat and a slow scan (of one service, or of many) need larger shares, and the others hardly miss them. So
-does an upload: bytes have the heaviest tail of all."""
+does an upload: bytes have the heaviest tail of all; and peers who are out of place, of whom there are few."""
 EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan-in" for a in TABLE])
 """Raised after the first block: no habit is needed to tell them."""
 FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a in TABLE])
 """Raised in the first block, before this network has shown anything. What is merely much (flows to a busy server, peers
 of a monitor) may have been so for years; what fails, or asks for a password again and again, seldom has."""
 LEARNS = np.array([a.learns for a in TABLE])
-LEAST = np.array([a.least if a.tau == 0 else np.log1p(a.least / a.scale) for a in TABLE])
+DOUBLES = np.array([a.doubles for a in TABLE])
+LEAST = np.array(
+    [a.least if a.tau == 0 else a.least * np.log(2.0) if a.doubles else np.log1p(a.least / a.scale) for a in TABLE]
+)
 """x below which nothing is raised."""
 WIDTH = np.array([sum(a.kind == k for a in TABLE) for k in range(4)], np.int64)
 """Number of analytics of each kind."""
@@ -178,7 +186,7 @@ def contributions(  # type: ignore[no-untyped-def]
     new_contact,
     new_service,
     surprise,
-    tail,
+    misplaced,
     out,
 ):
     """What one contact adds to the level of each analytic: out f8[A].
@@ -186,7 +194,8 @@ def contributions(  # type: ignore[no-untyped-def]
     service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; sources: distinct
     ones of (target, service); inside: (source,
     target) are internal; new_*: the pair, the contact (source, target, service), the source's use of the service was
-    never counted before; surprise: C_ss, nats; tail: plausibility of the first meeting, NaN where not asked.
+    never counted before; surprise: C_ss, nats; misplaced: how much the first meeting is out of place, 0 to 1,
+    NaN where not asked.
     """
     out[:] = 0.0
     tcp = (service >> SERVICE_BITS) - 1 == 6
@@ -210,8 +219,8 @@ def contributions(  # type: ignore[no-untyped-def]
         if tcp and inside[0] and inside[1] and _among(port, ADMIN_PORTS):
             out[LATERAL] = 1.0
         # Relations are known among our own hosts; of the world's each is met by few, and for no reason that shows.
-        if inside[1] and not np.isnan(tail):
-            out[MEETING] = min(SURPRISE_MOST, max(0.0, -np.log(max(tail, 1e-12)) - SURPRISE))
+        if inside[1] and misplaced > 0.0:
+            out[MEETING] = misplaced
     if new_service:
         out[NOVELTY] = min(SURPRISE_MOST, max(0.0, surprise - SURPRISE))
     if tcp and _among(port, LOGIN_PORTS):

@@ -61,6 +61,11 @@ DONE = -1.0
 """State of an event that goes on and will not be counted (again)."""
 
 
+def _step(excess: float) -> int:
+    """Step in which a finding of this excess counts: against all excesses up to `ALIKE` above it."""
+    return min(STEPS - 1, int((excess + ALIKE) / STEP))
+
+
 @numba.njit(cache=True, nogil=True)
 def tail(excess, rate, shape, scale):  # type: ignore[no-untyped-def]
     """p of an excess S > u; rate = (k+k0)/(N+N0), shape = a0+k, scale = b0+E."""
@@ -139,7 +144,9 @@ class Calibration:
         self.e: F8 = np.zeros((len(TABLE), len(GROUPS)))
         self.n: F8 = np.zeros((2, 3))
         self.raised: F8 = np.zeros((len(TABLE), STEPS))
-        """Findings begun, by analytic and excess; they fade by half a week."""
+        """Findings begun that nothing else bears out, by analytic and excess; they fade by half a week."""
+        self.proven: F8 = np.zeros(len(TABLE))
+        """Findings of each analytic that another family has borne out; they fade alike."""
         self.hosts = 0
         """Host-blocks active in either role."""
         self.blocks = 0
@@ -159,19 +166,28 @@ class Calibration:
 
     def note(self, analytic: int, excess: float) -> None:
         """A finding has begun with this excess."""
-        self.raised[analytic, min(STEPS - 1, int((excess + ALIKE) / STEP))] += 1.0
+        self.raised[analytic, _step(excess)] += 1.0
+
+    def bear_out(self, analytic: int, excess: float) -> None:
+        """What was noted as a finding with this excess has been borne out: it speaks for the analytic."""
+        step = _step(excess)
+        self.raised[analytic, step] = max(0.0, self.raised[analytic, step] - 1.0)
+        self.proven[analytic] += 1.0
 
     def fade(self, weeks: float) -> None:
         """Time has passed."""
         self.raised *= 0.5**weeks
+        self.proven *= 0.5**weeks
 
     def floors(self, budget: float) -> F8:
         """The least p [A, STEPS] of an excess in each step: the share of host-blocks in which as much was raised.
 
         What is raised is left out of k and E, lest attacks become normal. But attacks are rare: an analytic that keeps
-        raising is wrong about what is rare here, and what it raised, beyond `TOLERATED`, is evidence of that.
+        raising is wrong about what is rare here, and what it raised, beyond `TOLERATED`, is evidence of that. What
+        analytics of another family bore out is none, and for each such finding one more is tolerated: who was right
+        where others could tell is believed where they cannot.
         """
-        tolerated = TOLERATED[0] + TOLERATED[1] * max(0.0, np.log10(budget))
+        tolerated = TOLERATED[0] + TOLERATED[1] * max(0.0, np.log10(budget)) + self.proven[:, None]
         active = self.n.sum(1)[IS_TARGET.astype(np.int64)] + N0
         beyond: F8 = np.maximum(0.0, np.cumsum(self.raised[:, ::-1], 1)[:, ::-1] - tolerated)
         floors: F8 = beyond / active[:, None]
@@ -238,6 +254,7 @@ class Calibration:
             "e": self.e.copy(),
             "n": self.n.copy(),
             "raised": self.raised.copy(),
+            "proven": self.proven.copy(),
             "seen": np.array([self.blocks, self.hosts], np.int64),
         }
 
@@ -245,6 +262,8 @@ class Calibration:
     def restore(cls, state: dict[str, npt.NDArray[np.generic]]) -> Calibration:
         """The calibration that `state` describes."""
         c = cls()
-        c.k, c.e, c.n, c.raised = (np.array(state[name], np.float64) for name in ("k", "e", "n", "raised"))
+        c.k, c.e, c.n, c.raised, c.proven = (
+            np.array(state[name], np.float64) for name in ("k", "e", "n", "raised", "proven")
+        )
         c.blocks, c.hosts = (int(v) for v in state["seen"])
         return c

@@ -87,7 +87,7 @@ class Detector:
         seen = contacts(arrived, ALL_TIME)
         self._folded = [*self._folded[-1:], (arrived, seen)]
         looked = self.history.lookup(seen)
-        return self.alarms.step(now_ns, seen, looked, self._tails(seen, looked.known == 0))
+        return self.alarms.step(now_ns, seen, looked, self._misplaced(seen, looked.known == 0))
 
     def close(self, flows: FlowBatch, *, terms: bool = False) -> ClosedWindows:
         """Score the flows of windows that have closed, in time order, and learn from them.
@@ -152,7 +152,7 @@ class Detector:
                 break
         return contacts(flows, window_ns)
 
-    def _tails(self, seen: Contacts, first: npt.NDArray[np.bool_]) -> Float64:
+    def _misplaced(self, seen: Contacts, first: npt.NDArray[np.bool_]) -> Float64:
         if self.prior is None:
             return np.full(len(seen), np.nan)
-        return self.prior.tail(seen, first)
+        return self.prior.misplaced(seen, first)

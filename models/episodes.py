@@ -84,6 +84,8 @@ class Episode:
     """(host, role) of those that joined: who was scanned may yet do something of its own."""
     grew: bool = False
     peer: str | None = None
+    alone: tuple[int, float] | None = None
+    """Analytic and excess that it began with, while no other family has joined."""
 
 
 class Episodes:
@@ -98,11 +100,13 @@ class Episodes:
         self.created = self.joined = 0
         self.begun: list[Offer] = []
         """The offers of the last pane that became findings of their own."""
+        self.borne_out: list[tuple[int, float]] = []
+        """Analytic and excess of those findings that another family has joined in the last pane."""
 
     def offer(self, now_ns: int, offers: Iterable[Offer], allowed: float) -> list[Finding]:
         """Findings created or updated by alarms `offers` at `now_ns`; `allowed` is the budget's p of a host."""
         told: list[Finding] = []
-        self.begun = []
+        self.begun, self.borne_out = [], []
         for o in sorted(offers, key=_order):
             a = TABLE[o.analytic]
             episode = self._of(o.host, a.role, a.family)
@@ -132,8 +136,7 @@ class Episodes:
         a = TABLE[o.analytic]
         recent = [e for e in self.open if e.finding.host == o.host and now_ns - e.finding.alarm_ns <= self.together_ns]
         if recent:
-            if a.family not in recent[0].families:
-                recent[0].families.append(a.family)
+            self._join(recent[0], a)
             recent[0].others.append((o.host, a.role))
             recent[0].grew = True
             return self._go_on(now_ns, recent[0], o, allowed)
@@ -144,8 +147,7 @@ class Episodes:
             same = [e for e in self.open if e.peer == why.peer and a.family in e.families and e.finding.role == a.role]
             if other_end or same:
                 keeper = (other_end or same)[0]
-                if a.family not in keeper.families:
-                    keeper.families.append(a.family)
+                self._join(keeper, a)
                 keeper.others.append((o.host, a.role))
                 keeper.grew = True
                 self.joined += 1
@@ -171,10 +173,20 @@ class Episodes:
             analytics=(a.name,),
             hosts=(o.host,),
         )
-        self.open.append(Episode(finding, [a.family], now_ns, now_ns, p, peer=why.peer))
+        alone = (o.analytic, o.excess)
+        self.open.append(Episode(finding, [a.family], now_ns, now_ns, p, peer=why.peer, alone=alone))
         self.created += 1
         self.begun.append(o)
         return [finding]
+
+    def _join(self, e: Episode, a: Analytic) -> None:
+        """An alarm of another analytic is of this episode."""
+        if a.family in e.families:
+            return
+        e.families.append(a.family)
+        if e.alone is not None:
+            self.borne_out.append(e.alone)
+            e.alone = None
 
     @staticmethod
     def _closed(now_ns: int, e: Episode, sentence: str) -> Finding:
@@ -216,5 +228,6 @@ class Episodes:
             f = f | {k: tuple(f[k]) for k in ("analytics", "hosts")}
             f["evidence"] = tuple(Evidence(**e) for e in f["evidence"])
             others = [(host, role) for host, role in raw["others"]]
-            episodes.open.append(Episode(**(raw | {"finding": Finding(**f), "others": others})))
+            alone = None if raw["alone"] is None else tuple(raw["alone"])
+            episodes.open.append(Episode(**(raw | {"finding": Finding(**f), "others": others, "alone": alone})))
         return episodes

@@ -144,8 +144,9 @@ def explain(
     if a.tau:
         weight = weight * np.exp((meta[rows, 6] - now_ns) / 1e9 / tau)
     direct = a.tau == 0.0
-    observed = x if direct else math.expm1(x) * a.scale
-    expected = record if direct else math.expm1(record) * a.scale
+    observed, expected = (
+        v if direct else v / math.log(2) if a.doubles else math.expm1(v) * a.scale for v in (x, record)
+    )
     if analytic in (EXFIL, DRIP) and observed > 0:
         # Levels count less where others send to as well; the log has the bytes. What was expected is told by the same
         # measure.
@@ -225,15 +226,14 @@ def _told(a: Analytic, added: Array, service: int, flows: int, beat: tuple[float
     if beat is not None:
         facts = {"period_s": _figures(beat[0]), "jitter": _figures(beat[1]), "beats": beat[2]}
         return {"text": f"every {duration(beat[0])} ± {100 * beat[1]:.0f} % on {on}, {beat[2]} times", "facts": facts}
-    if a.name in ("novelty", "meeting"):
+    if a.name == "meeting":
+        out = float(mine.max(initial=0.0))
+        return {"text": f"first meeting on {on}, {out:.0%} out of place", "facts": {"misplaced": _figures(out)}}
+    if a.name == "novelty":
         nats = min(float(mine.max(initial=0.0)), SURPRISE_MOST) + SURPRISE
         capped = "at most " if nats >= SURPRISE + SURPRISE_MOST else ""
         facts = {"nats": _figures(nats), "probability": _figures(math.exp(-nats))}
-        what = (
-            f"first use of {on}: {capped}1 of {math.exp(nats):,.0f} of what it does is so new"
-            if a.name == "novelty"
-            else f"first meeting on {on}: {capped}1 of {math.exp(nats):,.0f} first meetings is as unlikely"
-        )
+        what = f"first use of {on}: {capped}1 of {math.exp(nats):,.0f} of what it does is so new"
         return {"text": what, "facts": facts}
     if a.name == "sweep":
         answers = {ANSWERED: "answered", UNANSWERED: "not answered"}

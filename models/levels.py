@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.analytics import BURST, DRIP, EXFIL, FAMILIES, FLOOD, TABLE, contributions
+from flowsage.models.analytics import BURST, DOUBLES, DRIP, EXFIL, FAMILIES, FLOOD, MEETING, TABLE, contributions
 from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
@@ -42,6 +42,9 @@ JOINT_P = 0.02
 
 JOINT_MOST = 6.0
 """A family adds at most this: what is stranger still is raised by itself."""
+
+HIGHEST = 1e15
+"""No level is higher: what doubles would not end."""
 
 A, G, F = len(TABLE), len(GROUPS), len(FAMILIES)
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -188,7 +191,7 @@ def remember(  # type: ignore[no-untyped-def]
     sources,
     fresh,
     surprise,
-    tails,
+    misplaced,
     first,
     last,
     inside,
@@ -214,7 +217,7 @@ def remember(  # type: ignore[no-untyped-def]
         source, target = slots[0, i], slots[1, i]
         both[0], both[1] = inside[source], inside[target]
         contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], 1.0, both,
-                      fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], tails[i], out)  # fmt: skip
+                      fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
         at = which * half + log_at[which] % half
         log_at[which] += 1
         log_meta[at, 0], log_meta[at, 1], log_meta[at, 2] = source, target, service[i]
@@ -225,7 +228,7 @@ def remember(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def raise_levels(  # type: ignore[no-untyped-def]
-    part, parts, slots, service, counts, told, sent, sources, fresh, surprise, tails,
+    part, parts, slots, service, counts, told, sent, sources, fresh, surprise, misplaced,
     usual, cells, past, host_born, inside, host_record,
     tau, span, step, column, kind, width, is_target, fade, now, touched,
 ):  # fmt: skip
@@ -251,7 +254,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
             continue
         both[0], both[1] = inside[source], inside[target]
         contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], sources[i], both,
-                      fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], tails[i], out)  # fmt: skip
+                      fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
         for a in range(len(kind)):
             if out[a] <= 0.0 or not (theirs if is_target[a] else mine):
                 continue
@@ -265,7 +268,8 @@ def raise_levels(  # type: ignore[no-untyped-def]
             ):  # fmt: skip
                 touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
                 m += 1
-            cells[what][row, LEVEL] += out[a]
+            more = out[a] * (1.0 + cells[what][row, LEVEL]) if DOUBLES[a] else out[a]
+            cells[what][row, LEVEL] = min(HIGHEST, cells[what][row, LEVEL] + more)
     return m
 
 
@@ -352,6 +356,8 @@ def judge(  # type: ignore[no-untyped-def]
             if not learns[a]:
                 cell[row, LAST] = earlier[row, BEFORE] = 0.0
             excluded[host, a] = True
+            if not is_target[a]:  # a host that scans is no witness of whom hosts like it meet
+                excluded[host, MEETING] = True
             found[count, 0], found[count, 1], found[count, 2] = a, row, contact
             found[count, 3], found[count, 4] = group, host
             values[count, 0], values[count, 1], values[count, 2], values[count, 3] = excess, x, record, p

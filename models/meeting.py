@@ -20,6 +20,7 @@ from flowsage.graph.flows import service_name
 from flowsage.models.columns import Array, Bool, Float32, Float64, Int32, UInt64
 from flowsage.models.memory import Batch, MeetingMemory, Meetings
 from flowsage.models.network import Network, View
+from flowsage.models.plausibility import ANSWERS
 from flowsage.models.profiles import FEATURES, Inside
 from flowsage.models.questions import Answers, Candidates, Everybody, answer, draw, first_meetings
 from flowsage.models.sage import Csr, threads_for
@@ -33,6 +34,12 @@ _ASKED = ("hosts", "src", "dst", "service")
 GAIN: Final = 3.0
 """Bound on what one meeting says for or against the graph, nats."""
 
+COMMON, STRANGE = 1.0, 3.0
+"""A target is not misplaced where it is as common among its like as exp(−COMMON), and wholly from exp(−STRANGE) on."""
+
+SETTLED: Final = 60
+"""Windows of activity after which a host that knows nobody on a service is half believed to have no business there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeetingConfig:
@@ -44,7 +51,8 @@ class MeetingConfig:
     overlaps: bool = True
     width: int = 48
     slots: int = 24
-    """Neighbours remembered each way."""
+    far: int = 8
+    """Neighbours remembered each way, inside the network and outside."""
     max_hosts: int = 200_000
     replayed: int = 1 << 18
     """Meetings kept for replay, and of one window at most."""
@@ -63,7 +71,9 @@ class MeetingConfig:
     exact_hosts: int = 2_500
     """Up to so many hosts all are candidates of a question; beyond, a sample."""
     drawn: int = 256
-    """Candidates of a training step, where there are more than twice as many hosts; with fewer hosts all are."""
+    drawn_inside: float = 0.5
+    """Candidates of a training step, where there are more than twice as many hosts (with fewer all are), and the share
+    of them that is drawn from our own hosts alone: there, who meets whom has reasons."""
     stale: int = 32
     """Hosts that have met somebody since they were embedded, from which on they are embedded anew."""
     refreshed: int = 512
@@ -92,6 +102,9 @@ class MeetingEvidence:
     less_likely: int
     """Candidates that are less likely than this one."""
     candidates: int
+    among: float
+    """Of what hosts like the source meet on the service inside the network, known to it or not, the share that is at
+    most as likely; NaN for a target that is not inside, or was never seen."""
     service: str
     never_seen: bool
     """The target was never seen before."""
@@ -113,7 +126,12 @@ class MeetingPrior:
     def __init__(self, config: MeetingConfig | None = None, inside: Inside | None = None) -> None:
         self.config = c = config or MeetingConfig()
         self.memory = MeetingMemory(
-            slots=c.slots, replayed=c.replayed, max_hosts=c.max_hosts, seed=c.seed, inside=inside or Internal()
+            slots=c.slots,
+            far=c.far,
+            replayed=c.replayed,
+            max_hosts=c.max_hosts,
+            seed=c.seed,
+            inside=inside or Internal(),
         )
         self.network = Network(width=c.width, layers=c.layers, overlaps=c.overlaps, rate=c.rate, seed=c.seed)
         self.windows = 0
@@ -121,6 +139,8 @@ class MeetingPrior:
         """Sum of weights of the meetings learnt."""
         self.advantage = 0.0
         """Running log odds of the graph against popularity, by how well each foretold the (gated) meetings so far."""
+        self.advantage_inside = 0.0
+        """The same by conditional probability among our own hosts."""
         self.unasked = 0
         """First meetings that the bounds on work left unasked, so far."""
         self.loss = float("nan")
@@ -157,7 +177,10 @@ class MeetingPrior:
     @property
     def trust(self) -> float:
         """w: share of the graph in the mixture; the rest is popularity's."""
-        return float(1 / (1 + np.exp(-self.advantage))) if self.config.graph and self.network.steps else 0.0
+        return self._believed(self.advantage)
+
+    def _believed(self, advantage: float) -> float:
+        return float(1 / (1 + np.exp(-advantage))) if self.config.graph and self.network.steps else 0.0
 
     def tail(self, contacts: Contacts, first: Bool) -> Float64:
         """Tail probability f64[c] of the contacts that `first` bool[c] marks; NaN elsewhere, where bounds on work
@@ -167,6 +190,24 @@ class MeetingPrior:
             met = self._answers(contacts, first)
             tails[met.contact] = met.tail
         return tails
+
+    def misplaced(self, contacts: Contacts, first: Bool) -> Float64:
+        """How much each of the contacts that `first` bool[c] marks is out of place, f64[c] from 0 to 1; else as `tail`.
+
+        It is, where the target is among the unlikeliest that hosts like the source meet on the service inside the
+        network (`plausibility`), as far as the source is settled: by the share of those others that it knows, or, where
+        it knows nobody on that service, by how long it has been here. A new host has yet to meet its peers.
+        """
+        misplaced = np.full(len(contacts), np.nan)
+        if self.waiting is None and first.any():
+            with threads_for(self._rows):
+                met = self._answers(contacts, first)
+            windows = np.where(met.source >= 0, self.memory.hosts.columns["windows"][met.source], 0)
+            settled = np.where(np.isnan(met.known), windows / (windows + SETTLED), met.known)
+            among = np.nan_to_num(met.among, nan=1.0)
+            strange = np.clip((-np.log(np.maximum(among, 1e-12)) - COMMON) / (STRANGE - COMMON), 0.0, 1.0)
+            misplaced[met.contact] = np.where(np.isnan(met.tail), np.nan, strange * settled)
+        return misplaced
 
     def learn(self, contacts: Contacts, first: Bool) -> None:
         """Learn one closed window: what its hosts did, and its first meetings as far as they are plausible."""
@@ -242,7 +283,7 @@ class MeetingPrior:
             return None
         source_hash, target_hash = np.array([source], np.uint64), np.array([target], np.uint64)
         find, code = self.memory.hosts.find, np.array([service], np.int32)
-        at, blank = np.zeros(1, np.int64), np.full((3, 1), np.nan)
+        at, blank = np.zeros(1, np.int64), np.full((ANSWERS, 1), np.nan)
         met = Answers(at, find(source_hash), find(target_hash), source_hash, target_hash, code, *blank)
         found = self._ask(met)
         p = self.trust * np.exp(met.log_graph[0]) + (1 - self.trust) * np.exp(met.log_popular[0])
@@ -258,6 +299,7 @@ class MeetingPrior:
             plausible=max(1, round(np.exp(entropy))),
             less_likely=round(float(copies[density < p * (1 - 1e-9)].sum())),
             candidates=round(float(copies.sum())),
+            among=float(met.among[0]),
             service=service_name(service),
             never_seen=bool(met.target[0] < 0),
         )
@@ -323,7 +365,8 @@ class MeetingPrior:
             self._everybody = Everybody.of(self.memory, c.exact_hosts)
         return answer(
             self.memory, self.network, self._current(), met, self._everybody,
-            trust=self.trust, comparisons=c.comparisons, per_source=c.per_source,
+            trust=(self.trust, self._believed(self.advantage_inside)),
+            comparisons=c.comparisons, per_source=c.per_source,
         )  # fmt: skip
 
     def _answers(self, contacts: Contacts, first: Bool) -> Answers:
@@ -342,11 +385,8 @@ class MeetingPrior:
         """Which of graph and popularity foretold these meetings better? Older ones fade: 200 meetings' worth count."""
         if not self.network.steps:
             return
-        gain = np.clip(met.log_graph - met.log_popular, -GAIN, GAIN)
-        gain[np.isnan(gain)] = 0
-        weight = np.where(np.isnan(met.tail), 0, gate)
-        fade = 0.995 ** float(weight.sum())
-        self.advantage = float(np.clip(self.advantage * fade + (gain * weight).sum(), -6, 6))
+        self.advantage = _weighed(self.advantage, met.log_graph - met.log_popular, gate)
+        self.advantage_inside = _weighed(self.advantage_inside, met.gained, gate)
 
     def _train(self) -> bool:
         """A training step; False if too little is remembered."""
@@ -366,6 +406,10 @@ class MeetingPrior:
         chance = p.anywhere(self.memory.hosts.received())
         chance = chance + p.shares(batch.service, len(chance))
         chance /= chance.sum()
+        ours = np.where(self.memory.hosts.columns["internal"][: len(chance)], chance, 0)
+        if ours.any():
+            share = np.float32(self.config.drawn_inside)
+            chance = (1 - share) * chance + share / ours.sum() * ours
         drawn = draw(chance, self.config.drawn, seed)
         return drawn, -np.log(self.config.drawn * chance[drawn]).astype(np.float32)
 
@@ -375,14 +419,30 @@ class MeetingPrior:
         Embeddings are not kept in it: both he who saves and he who restores embed everybody anew, and so go on alike.
         """
         self.embed()
-        sums = [self.windows, self.learnt, self.advantage, self.unasked, self._meetings_since, self._turn]
+        sums = [
+            self.windows,
+            self.learnt,
+            self.advantage,
+            self.advantage_inside,
+            self.unasked,
+            self._meetings_since,
+            self._turn,
+        ]
         return {"prior": np.array([*sums, self.loss])} | self.memory.state() | self.network.state()
 
     def restore(self, state: dict[str, Array]) -> None:
         """What `state` gave, for the same configuration; afterwards it goes on as if nothing had happened."""
-        windows, self.learnt, self.advantage, unasked, meetings, turn, self.loss = (float(x) for x in state["prior"])
+        sums = (float(x) for x in state["prior"])
+        windows, self.learnt, self.advantage, self.advantage_inside, unasked, meetings, turn, self.loss = sums
         self.windows, self.unasked = int(windows), int(unasked)
         self._meetings_since, self._turn = int(meetings), int(turn)
         self.memory.restore(state)
         self.network.restore(state)
         self.embed()
+
+
+def _weighed(advantage: float, gain: Float64, gate: Float32) -> float:
+    """The advantage after meetings that one of graph and popularity foretold better by `gain` nats; NaN: not asked."""
+    weight = np.where(np.isnan(gain), 0, gate)
+    fade = 0.995 ** float(weight.sum())
+    return float(np.clip(advantage * fade + (np.nan_to_num(np.clip(gain, -GAIN, GAIN)) * weight).sum(), -6, 6))

@@ -83,6 +83,18 @@ class Graph:
         )
 
 
+def related(inside: Bool, indptr: Int32) -> Float32:
+    """1 or 0 f32[e] for each neighbour of a CSR's rows: does it tell whom a row has relations with?
+
+    A neighbour outside the network does only where there is none inside: sites of the world are rare or everybody's,
+    and the rare ones would be most of a sketch.
+    """
+    row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    near = np.bincount(row, weights=inside, minlength=len(indptr) - 1) > 0
+    counts: Float32 = (inside | ~near[row]).astype(np.float32)
+    return counts
+
+
 def _over(count: int, most: int) -> bool:
     """Time to evict? An eighth may gather first: to forget a few costs as much as to forget many."""
     return count > most + most // 8
@@ -91,9 +103,11 @@ def _over(count: int, most: int) -> bool:
 class MeetingMemory:
     """Bounded by the number of hosts; a host slot means the same in every part."""
 
-    def __init__(self, *, slots: int, replayed: int, max_hosts: int, seed: int, inside: Inside | None) -> None:
+    def __init__(
+        self, *, slots: int, far: int, replayed: int, max_hosts: int, seed: int, inside: Inside | None
+    ) -> None:
         self.hosts = HostMemory(inside)
-        self.neighbours = NeighbourSlots(slots, seed)
+        self.neighbours = NeighbourSlots(slots, far, seed)
         self.popularity = Popularity()
         self.replay = Replay(replayed)
         self.max_hosts = max_hosts
@@ -114,7 +128,7 @@ class MeetingMemory:
         bucket = np.empty(len(met), np.int32)
         buckets(met.service, bucket)
         self.hosts.add(met.source, met.target, bucket, weight, offer)
-        tie = self.neighbours.meet(met.source, met.target, weight, window)
+        tie = self.neighbours.meet(met.source, met.target, weight, self.hosts.columns["internal"], window)
         keep: Int64 | slice = slice(None)
         if len(met) > most:
             # Weighted sampling without replacement (Efraimidis, Spirakis 2006), by hash, so that it repeats itself.
@@ -197,7 +211,8 @@ class MeetingMemory:
                 torch.from_numpy(value * damp[local]),
             )  # fmt: skip
             ways.append(Csr(*parts))
-            sketched.append(Csr(*parts[:3], parts[3] * torch.from_numpy(rarer[local])))
+            counts = rarer[local] * related(self.hosts.columns["internal"][index], indptr)
+            sketched.append(Csr(*parts[:3], parts[3] * torch.from_numpy(counts)))
         if blank:
             x = np.concatenate([x, np.zeros((1, FEATURES), np.float32)])
         at = torch.from_numpy(np.searchsorted(columns, rows))

@@ -3,7 +3,9 @@
 A slot holds a peer, how much its meetings weigh (0 to 1) and how many services it was met on. While there is room every
 new peer gets a slot; after that it replaces a random one with probability slots · weight / (weight of all peers so
 far): weighted reservoir sampling (Chao, Biometrika 1982), so a busy host keeps a fair sample of its whole past, and
-what the gate found surprising seldom enters it. Way 0: whom the host reached; way 1: who reached it.
+what the gate found surprising seldom enters it. Peers inside the network have slots of their own: a workstation meets
+hundreds of sites of the world, and what tells its department are a dozen servers. Way 0: whom the host
+reached; way 1: who reached it.
 """
 
 from __future__ import annotations
@@ -13,22 +15,23 @@ from typing import Any
 import numba
 import numpy as np
 
-from flowsage.models.columns import Array, Columns, Float32, Int32, follow
+from flowsage.models.columns import Array, Bool, Columns, Float32, Int32, follow
 from flowsage.models.keys import mix
 
 TO, FROM = 0, 1
 
 
 @numba.njit(cache=True, nogil=True)
-def _meet(peer, weight, times, mass, source, target, value, salt, added):  # type: ignore[no-untyped-def]
+def _meet(peer, weight, times, mass, inside, near, source, target, value, salt, added):  # type: ignore[no-untyped-def]
     """Enter meetings in order. added f32[n]: the weight of a pair that was not in a slot yet, else 0."""
     slots = peer.shape[2]
     for i in range(len(source)):
         w = value[i]
         for way in range(2):
             host, other = (source[i], target[i]) if way == 0 else (target[i], source[i])
-            free, at = -1, -1
-            for j in range(slots):
+            free, at, side = -1, -1, 0 if inside[other] else 1
+            begin, end = (0, near) if inside[other] else (near, slots)
+            for j in range(begin, end):
                 if peer[host, way, j] == other:
                     at = j
                     break
@@ -38,16 +41,16 @@ def _meet(peer, weight, times, mass, source, target, value, salt, added):  # typ
                 weight[host, way, at] = max(weight[host, way, at], w)
                 times[host, way, at] = min(times[host, way, at] + 1, 30_000)
                 continue
-            mass[host, way] += w
+            mass[host, way, side] += w
             if way == 0:
                 added[i] = w
             if free < 0:
                 draw = mix(salt + i, (np.int64(source[i]) << 32) | (np.int64(target[i]) << 1) | way)
                 chance = np.float64(draw >> np.uint64(11)) * 2.0**-53
-                share = slots * w / mass[host, way]
+                share = (end - begin) * w / mass[host, way, side]
                 if chance >= share:
                     continue
-                free = int(chance / share * slots)
+                free = begin + int(chance / share * (end - begin))
             peer[host, way, free] = other
             weight[host, way, free] = w
             times[host, way, free] = 1
@@ -77,32 +80,35 @@ def _rows(peer, weight, times, way, rows, begin, mate, indptr, index, value):  #
 
 
 class NeighbourSlots:
-    """`slots` neighbours each way of every host slot."""
+    """`slots` neighbours inside the network, each way, and `far` ones outside, of every host slot."""
 
-    def __init__(self, slots: int, seed: int) -> None:
-        self.slots, self.seed = slots, seed
+    def __init__(self, slots: int, far: int, seed: int) -> None:
+        self.near, self.seed = slots, seed
         self.columns = Columns(
-            peer=(np.int32, (2, slots), -1),
-            weight=(np.float32, (2, slots), 0),
-            times=(np.int16, (2, slots), 0),
-            mass=(np.float64, (2,), 0),
+            peer=(np.int32, (2, slots + far), -1),
+            weight=(np.float32, (2, slots + far), 0),
+            times=(np.int16, (2, slots + far), 0),
+            mass=(np.float64, (2, 2), 0),
         )
 
     def ensure(self, hosts: int) -> None:
         """Room for `hosts` host slots."""
         self.columns.ensure(hosts)
 
-    def meet(self, source: Int32, target: Int32, weight: Float32, tick: int) -> Float32:
-        """Enter n meetings (host slots, weights) of window `tick`; returns f32[n]: weight of each new pair, else 0."""
+    def meet(self, source: Int32, target: Int32, weight: Float32, inside: Bool, tick: int) -> Float32:
+        """Enter n meetings (host slots, weights) of window `tick`; returns f32[n]: weight of each new pair, else 0.
+
+        inside bool[hosts]: which hosts are inside the network.
+        """
         added = np.zeros(len(source), np.float32)
         c = self.columns
         salt = (tick * 1_000_003 + self.seed * 7_919) & 0x3FFFFFFFFFFF
-        _meet(c["peer"], c["weight"], c["times"], c["mass"], source, target, weight, salt, added)
+        _meet(c["peer"], c["weight"], c["times"], c["mass"], inside, self.near, source, target, weight, salt, added)
         return added
 
     def degree(self, rows: Int32) -> Float32:
         """Weight of distinct peers of host slots `rows` i32[r], both ways, f32[r, 2]."""
-        degree: Float32 = self.columns["mass"][rows].astype(np.float32)
+        degree: Float32 = self.columns["mass"][rows].sum(2).astype(np.float32)
         return degree
 
     def csr(self, way: int, rows: Int32, without: tuple[Int32, Int32] | None = None) -> tuple[Int32, Int32, Float32]:

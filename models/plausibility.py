@@ -6,6 +6,10 @@ proportional to q · exp f. The *tail* is the probability of all answers that ar
 
 With many hosts the sum runs over a sample: the targets of the service (systematically by weight where they are many),
 and draws from q_all for everybody else, each weighted by one over its chance of being there.
+
+The tail is about what is new to s. Whether t is *among its like* is another question: of all that hosts like s meet on
+svc inside the network, known to s or not, the share that is at most as likely as t. The world outside is left out: its
+many rare sites make anything of our own look likely. Mixture and weight of graph and popularity are its own too.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ REMEMBERED: Final = 65_536
 STEEPEST: Final = 20.0
 """Bound on |f|."""
 
-TAIL, LOG_GRAPH, LOG_POPULAR = 0, 1, 2
+TAIL, LOG_GRAPH, LOG_POPULAR, AMONG, KNOWN, GAINED = range(6)
+ANSWERS: Final = 6
+"""Columns of answers."""
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
@@ -71,21 +77,26 @@ def _mark(link, stamp, ring, prev, newest, known):  # type: ignore[no-untyped-de
 @numba.njit(cache=True, nogil=True)
 def ask(  # type: ignore[no-untyped-def]
     source, service, link, begin, target, ring, prev, newest, head, next_, o_target, o_weight, totals, news,
-    anywhere, shared, towers, peers, stranger, fresh_share, trust, answers, candidate, density, copies,
+    anywhere, shared, towers, peers, stranger, fresh_share, trust, inside, trust_inside, answers, candidate,
+    density, copies,
 ):  # fmt: skip
     """Answer the questions of g groups (source, service), ordered by service.
 
     source, service i32[g] (-1: never seen), link i64[g] into the ring; questions begin[g]:begin[g + 1] of group g,
     target i32[q] (-1: never seen); anywhere f32[h] q_all; shared i32[m] draws from it, empty if all hosts are
-    candidates; towers f32[g, d], peers f32[h, d], stranger f32[g]: f of an unseen host; trust: w. Writes answers f64[q,
-    3]. candidate, density, copies [h or more] are scratch that holds the last group's candidates afterwards; their
-    number is returned.
+    candidates; towers f32[g, d], peers f32[h, d], stranger f32[g]: f of an unseen host; trust: w, and
+    trust_inside among inside bool[h]. Writes answers f64[q, 6]: tail, ln p of the target by graph and by popularity;
+    then, NaN where t is not inside: t among its like, the share of its like that s knows (NaN: nobody), ln of how much
+    better than popularity the graph foretold t among those inside that s does not know. candidate, density, copies [h
+    or more] are scratch that holds the last group's candidates afterwards; their number is returned.
     """
     hosts = len(anywhere)
     received, listed = np.empty(hosts, np.float32), np.full(hosts, -1, np.int32)
     known = np.full(hosts, -1, np.int32)
     graph = np.empty(len(candidate), np.float64)
     popular = np.empty(len(candidate), np.float64)
+    like = np.zeros((2, len(candidate)))
+    kin = np.zeros(len(candidate))
     before = np.int64(-2)
     count, total, weight_all, unseen = 0, 0.0, 0.0, 0.0
     n = 0
@@ -127,18 +138,36 @@ def ask(  # type: ignore[no-untyped-def]
             known[source[g]] = g
         seen = (1.0 - unseen) / (weight_all + BACKOFF)
         sum_graph, sum_popular = unseen * np.exp(np.float64(stranger[g])), unseen
+        alike, new, acquainted = np.zeros(2), np.zeros(2), False
         for i in range(n):
             prefetch(peers, np.int64(candidate[min(i + 2, n - 1)]))
             c = candidate[i]
-            if known[c] == g:
-                graph[i] = popular[i] = 0.0
+            own = known[c] == g
+            like[0, i] = like[1, i] = graph[i] = popular[i] = 0.0
+            if own and (c == source[g] or not inside[c]):
                 continue
             q = seen * ((received[c] if listed[c] == stamp else 0.0) + BACKOFF * anywhere[c])
             f = _dot(towers[g], peers[c])
-            popular[i] = q
-            graph[i] = q * np.exp(np.float64(min(max(f, -STEEPEST), STEEPEST)))
+            steep = q * np.exp(np.float64(min(max(f, -STEEPEST), STEEPEST)))
+            if inside[c]:
+                like[0, i], like[1, i] = steep, q
+                alike[0] += steep * copies[i]
+                alike[1] += q * copies[i]
+            if own:
+                acquainted = True
+                continue
+            if inside[c]:
+                new[0] += steep * copies[i]
+                new[1] += q * copies[i]
+            popular[i], graph[i] = q, steep
             sum_popular += q * copies[i]
-            sum_graph += graph[i] * copies[i]
+            sum_graph += steep * copies[i]
+        by_graph, by_popular = trust_inside / max(alike[0], 1e-300), (1.0 - trust_inside) / max(alike[1], 1e-300)
+        share = 0.0
+        for i in range(n):
+            kin[i] = by_graph * like[0, i] + by_popular * like[1, i]
+            if known[candidate[i]] == g:
+                share += kin[i] * copies[i]
         for i in range(n):
             density[i] = trust * graph[i] / sum_graph + (1.0 - trust) * popular[i] / sum_popular
         lump_graph, lump_popular = unseen * np.exp(np.float64(stranger[g])) / sum_graph, unseen / sum_popular
@@ -147,19 +176,38 @@ def ask(  # type: ignore[no-untyped-def]
         order = np.argsort(density[:n]) if many else np.empty(0, np.int64)
         below = np.empty(n + 1 if many else 0, np.float64)
         ordered = density[order]
+        by_kin = np.argsort(kin[:n]) if many else np.empty(0, np.int64)
+        below_kin = np.empty(n + 1 if many else 0, np.float64)
+        ordered_kin = kin[by_kin]
         if many:
-            below[0] = 0.0
+            below[0] = below_kin[0] = 0.0
             for i in range(n):
                 below[i + 1] = below[i] + density[order[i]] * copies[order[i]]
+                below_kin[i + 1] = below_kin[i] + kin[by_kin[i]] * copies[by_kin[i]]
         for k in range(begin[g], begin[g + 1]):
             t = target[k]
+            answers[k, AMONG] = answers[k, KNOWN] = answers[k, GAINED] = np.nan
             if t < 0:
                 p, own_graph, own_popular = lump, lump_graph, lump_popular
             else:
                 q = seen * ((received[t] if listed[t] == stamp else 0.0) + BACKOFF * anywhere[t])
                 f = _dot(towers[g], peers[t])
-                own_popular = q / sum_popular
-                own_graph = q * np.exp(np.float64(min(max(f, -STEEPEST), STEEPEST))) / sum_graph
+                steep = q * np.exp(np.float64(min(max(f, -STEEPEST), STEEPEST)))
+                own_popular, own_graph = q / sum_popular, steep / sum_graph
+                if inside[t]:
+                    mine = by_graph * steep + by_popular * q
+                    limit, among = mine * (1.0 + 1e-9), 0.0
+                    if many:
+                        among = below_kin[np.searchsorted(ordered_kin, limit, side="right")]
+                    else:
+                        for i in range(n):
+                            if kin[i] <= limit:
+                                among += kin[i] * copies[i]
+                    answers[k, AMONG] = min(max(among, mine), 1.0)
+                    if acquainted:
+                        answers[k, KNOWN] = share
+                    if new[0] > 0.0:
+                        answers[k, GAINED] = np.log(steep / new[0]) - np.log(q / new[1])
                 p = trust * own_graph + (1.0 - trust) * own_popular
             limit = p * (1.0 + 1e-9)
             tail = lump if lump <= limit else 0.0

@@ -12,7 +12,7 @@ from flowsage.graph.build import Contacts
 from flowsage.models.columns import Bool, Float32, Float64, Int32, Int64, UInt64
 from flowsage.models.memory import MeetingMemory
 from flowsage.models.network import Network, View
-from flowsage.models.plausibility import LISTED, LOG_GRAPH, LOG_POPULAR, TAIL, ask
+from flowsage.models.plausibility import AMONG, ANSWERS, GAINED, KNOWN, LISTED, LOG_GRAPH, LOG_POPULAR, TAIL, ask
 from flowsage.models.popularity import keys_of
 
 DRAWN = 512
@@ -31,8 +31,8 @@ _EXAMINED = 1 << 15
 class Answers:
     """The first meetings of some contacts: q of them, at positions `contact` i64[q], and what was found of each.
 
-    source, target i32[q]: host slots as of before the window, -1 for a host never seen; tail, log_graph, log_popular
-    f64[q] are NaN where it was not asked.
+    source, target i32[q]: host slots as of before the window, -1 for a host never seen; the rest f64[q] as
+    `plausibility.ask` writes it, NaN where it was not asked.
     """
 
     contact: Int64
@@ -44,6 +44,9 @@ class Answers:
     tail: Float64
     log_graph: Float64
     log_popular: Float64
+    among: Float64
+    known: Float64
+    gained: Float64
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def first_meetings(memory: MeetingMemory, contacts: Contacts, first: Bool) -> An
     """The contacts that `first` bool[c] marks, but for hosts that meet themselves; nothing asked yet."""
     at = np.flatnonzero(first & (contacts.src != contacts.dst)) if first.any() else _NONE
     source_hash, target_hash = contacts.hosts.hash[contacts.src[at]], contacts.hosts.hash[contacts.dst[at]]
-    blank = np.full((3, len(at)), np.nan)
+    blank = np.full((ANSWERS, len(at)), np.nan)
     hosts = memory.hosts
     return Answers(
         at, hosts.find(source_hash), hosts.find(target_hash), source_hash, target_hash, contacts.service[at], *blank
@@ -87,11 +90,11 @@ def answer(
     met: Answers,
     everybody: Everybody,
     *,
-    trust: float,
+    trust: tuple[float, float],
     comparisons: int,
     per_source: int,
 ) -> Candidates:
-    """Fill in the answers of as many of `met` as the bounds allow, in place.
+    """Fill in the answers of as many of `met` as the bounds allow, in place; trust: w of all, and of our own hosts.
 
     Asked are (source, service) with all their targets: of each source at most `per_source`, its best-known services
     first; of the window as many as make `comparisons` with candidates, every source's first before any source's second.
@@ -118,16 +121,21 @@ def answer(
     asked, example = order, example[chosen]
     source, code = met.source[example], met.service[example]
     towers, stranger = network.sources(view, source, code)
-    answers = np.empty((len(asked), 3))
+    answers = np.empty((len(asked), ANSWERS))
     candidate, density, copies = scratch
     replay, services, offers = memory.replay, popularity.service, popularity.offer
     used = ask(
         source, service[chosen], memory.links(keys[example]), begin, met.target[asked],
         replay.ring, replay.prev, replay.newest, services["head"], offers["next"], offers["target"], offers["weight"],
         services["total"], services["fresh"], everybody.anywhere, everybody.shared, towers,
-        view.peers[1 : hosts + 1].numpy(), stranger, popularity.fresh_share, trust, answers, candidate, density, copies,
+        view.peers[1 : hosts + 1].numpy(), stranger, popularity.fresh_share, trust[0],
+        memory.hosts.columns["internal"][:hosts], trust[1], answers, candidate, density, copies,
     )  # fmt: skip
-    for column, values in ((TAIL, met.tail), (LOG_GRAPH, met.log_graph), (LOG_POPULAR, met.log_popular)):
+    columns = {
+        TAIL: met.tail, LOG_GRAPH: met.log_graph, LOG_POPULAR: met.log_popular,
+        AMONG: met.among, KNOWN: met.known, GAINED: met.gained,
+    }  # fmt: skip
+    for column, values in columns.items():
         values[asked] = answers[:, column]
     return Candidates(candidate[:used], copies[:used], density[:used])
 

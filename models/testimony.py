@@ -56,7 +56,10 @@ class Witness:
                 f"{evidence.less_likely:,} of {evidence.candidates:,} possible peers are less likely, about "
                 f"{evidence.plausible:,} were to be expected"
             )
-            facts = {
+            if evidence.among < 1:
+                words.append(f"{evidence.among:.2%} of what hosts like it meet on this service is as unlikely")
+                facts["among"] = _figures(evidence.among)
+            facts |= {
                 "tail": _figures(evidence.tail), "target_probability": _figures(evidence.p),
                 "popularity": _figures(evidence.popular), "rank": evidence.rank, "candidates": evidence.candidates,
                 "less_likely": evidence.less_likely, "plausible": evidence.plausible,

@@ -192,7 +192,7 @@ def judge(cases: list[Case], config: alarms.AlarmConfig) -> dict[str, Outcome]:
     for case in cases:
         a, kept = alarms.Alarms(config), passes.Kept()
         for p in case.panes:
-            kept.add(a.step(p.now_ns, p.contacts, p.looked, p.tails))
+            kept.add(a.step(p.now_ns, p.contacts, p.looked, p.misplaced))
         m = measures.match(case.flows, kept.table(), undirected=case.undirected)
         found, n, false = out.get(case.file, (0, 0, 0))
         counts = case.file == "office" or not m.incidents

@@ -50,7 +50,7 @@ class Pane:
     now_ns: int
     contacts: Contacts
     looked: ContactTerms
-    tails: np.ndarray
+    misplaced: np.ndarray
 
 
 class Kept:
@@ -106,8 +106,8 @@ def score(
     tails = {p: np.full(file.rows, np.nan) for p in priors if prior[p]}
     host_parts: list[pd.DataFrame] = []
 
-    def tail(p: MeetingPrior | None, seen: Contacts, first: np.ndarray) -> np.ndarray:
-        return np.full(len(seen), np.nan) if p is None else p.tail(seen, first)
+    def misplaced(p: MeetingPrior | None, seen: Contacts, first: np.ndarray) -> np.ndarray:
+        return np.full(len(seen), np.nan) if p is None else p.misplaced(seen, first)
 
     def close(flows: FlowBatch | None) -> None:
         if flows is None or not len(flows):
@@ -135,11 +135,11 @@ def score(
         seen = contacts(in_order(step.flows), ALL_TIME)
         looked = known.lookup(seen)
         for p in priors:
-            plausible = tail(prior[p], seen, looked.known == 0)
+            out = misplaced(prior[p], seen, looked.known == 0)
             if panes is not None and p == priors[-1]:
-                panes.append(Pane(step.now_ns, seen, looked, plausible))
+                panes.append(Pane(step.now_ns, seen, looked, out))
             for b in budgets:
-                kept[p, b].add(alarms[p, b].step(step.now_ns, seen, looked, plausible))
+                kept[p, b].add(alarms[p, b].step(step.now_ns, seen, looked, out))
         close(buffer.close_ready())
     close(buffer.flush())
     if calibrations is not None:

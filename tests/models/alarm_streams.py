@@ -115,10 +115,10 @@ def table(rows: list[Row]) -> pa.Table:
 class Watch:
     """History and alarms over rows, pane by pane, as the detector does it."""
 
-    def __init__(self, config: AlarmConfig = LAB, tails: dict[tuple[str, str], float] | None = None) -> None:
+    def __init__(self, config: AlarmConfig = LAB, misplaced: dict[tuple[str, str], float] | None = None) -> None:
         self.alarms = Alarms(config)
-        self.tails = tails or {}
-        """What the graph's prior would say of some first meetings."""
+        self.misplaced = misplaced or {}
+        """How much the graph's prior would find some first meetings out of place."""
         self.history = History(HistoryConfig())
 
     def run(self, rows: list[Row], until: float, after: float = 0.0) -> list[Finding]:
@@ -136,6 +136,8 @@ class Watch:
         return found
 
     def _said(self, seen: Contacts) -> np.ndarray:
-        names = seen.hosts.names.to_pylist() if self.tails else []
-        pairs = [(names[s], names[t]) for s, t in zip(seen.src, seen.dst, strict=True)] if self.tails else []
-        return np.array([self.tails.get(p, np.nan) for p in pairs]) if self.tails else np.full(len(seen), np.nan)
+        names = seen.hosts.names.to_pylist() if self.misplaced else []
+        pairs = [(names[s], names[t]) for s, t in zip(seen.src, seen.dst, strict=True)] if self.misplaced else []
+        return (
+            np.array([self.misplaced.get(p, np.nan) for p in pairs]) if self.misplaced else np.full(len(seen), np.nan)
+        )

@@ -215,6 +215,19 @@ def test_causes_of_a_host_join_within_a_quarter_of_an_hour_and_a_family_within_a
     assert len(created(episodes.offer(START + 201 * MINUTE, [offer("h", "fan", 1e-6)], 1e-3))) == 1
 
 
+def test_a_finding_is_borne_out_once_by_another_family_and_not_by_its_own():
+    episodes = Episodes()
+    episodes.offer(START, [offer("h", "meeting", 1e-6)], 1e-3)
+    episodes.offer(START + MINUTE, [offer("h", "novelty", 1e-6)], 1e-3)
+    assert episodes.borne_out == []
+    again = Episodes.restore(json.loads(json.dumps(episodes.state())), 1.0)
+    for e in (episodes, again):
+        e.offer(START + 2 * MINUTE, [offer("h", "sweep", 1e-6)], 1e-3)
+        assert [an.NAMES[a] for a, _ in e.borne_out] == ["meeting"]
+        e.offer(START + 3 * MINUTE, [offer("h", "guess", 1e-6)], 1e-3)
+        assert e.borne_out == []
+
+
 def test_the_victims_side_joins_the_attackers_finding():
     episodes = Episodes()
     told = episodes.offer(START, [offer("attacker", "ports", 1e-9, "victim")], 1e-3)

@@ -26,9 +26,11 @@ def looked(c: Contacts, known: float = 0.0, surprise: float = 0.0) -> ContactTer
     )  # fmt: skip
 
 
-def step(alarms: Alarms, second: float, rows: list, known: float = 0.0, surprise: float = 0.0, tail: float = math.nan):
+def step(
+    alarms: Alarms, second: float, rows: list, known: float = 0.0, surprise: float = 0.0, misplaced: float = math.nan
+):
     c = contacts(from_table(table([(second - 0.5, *r) for r in rows] or [(0.0, "a", "b", 1, 1, 1, 1)])), EVER)
-    return alarms.step(int(START + second * S), c, looked(c, known, surprise), np.full(len(c), tail))
+    return alarms.step(int(START + second * S), c, looked(c, known, surprise), np.full(len(c), misplaced))
 
 
 def level(alarms: Alarms, name: str, *hosts: str, service: int | None = None) -> float:
@@ -98,12 +100,12 @@ def test_what_history_knows_is_not_new():
         (("8.8.8.8", INTERNAL, 443, 1, 50_000, 10_000), "exfil", 0.0),
         ((INTERNAL, "8.8.8.8", 443, 1, 10_000, 50_000), "drip", 0.0),
         ((INTERNAL, PEER, 443, 1, 60, 54), "novelty", 5.0),
-        ((INTERNAL, PEER, 443, 1, 60, 54), "meeting", -math.log(1e-3) - an.SURPRISE),
+        ((INTERNAL, PEER, 443, 1, 60, 54), "meeting", 0.8),
     ],
 )
 def test_a_contact_adds_what_the_table_says(row, name, adds):
     alarms = Alarms()
-    step(alarms, 1, [row], surprise=7.0, tail=1e-3)
+    step(alarms, 1, [row], surprise=7.0, misplaced=0.8)
     assert level(alarms, name, row[0], row[1], service=tcp(row[2])) == pytest.approx(adds)
 
 
@@ -210,10 +212,12 @@ def test_beats_do_not_depend_on_the_scale_of_time():
     assert strengths[0] > 1
 
 
-def added(service, inside, *, flows=1, sent=0, sources=1.0, new=True, tail=np.nan):
+def added(service, inside, *, flows=1, sent=0, sources=1.0, new=True, misplaced=np.nan):
     """What one answered contact adds, by analytic."""
     out = np.empty(len(an.TABLE))
-    an.contributions(service, flows, flows, 0, True, sent, sources, np.array(inside), new, new, new, 0.0, tail, out)
+    an.contributions(
+        service, flows, flows, 0, True, sent, sources, np.array(inside), new, new, new, 0.0, misplaced, out
+    )
     return dict(zip(an.NAMES, out.tolist(), strict=True))
 
 
@@ -238,5 +242,6 @@ def test_what_our_hosts_send_to_the_world_is_no_flood_of_it_and_answers_are_no_f
 
 
 def test_first_meetings_are_news_among_our_own_hosts():
-    assert added(HTTPS, (True, True), tail=1e-3)["meeting"] > 4
-    assert added(HTTPS, (True, False), tail=1e-3)["meeting"] == 0
+    assert added(HTTPS, (True, True), misplaced=0.8)["meeting"] == 0.8
+    assert added(HTTPS, (True, True), misplaced=math.nan)["meeting"] == 0
+    assert added(HTTPS, (True, False), misplaced=0.8)["meeting"] == 0

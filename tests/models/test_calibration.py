@@ -124,6 +124,22 @@ def test_an_analytic_that_keeps_raising_is_believed_less_and_the_smaller_the_bud
     assert c.floors(10).max() == 0
 
 
+def test_findings_that_another_family_bears_out_do_not_count_and_earn_belief_for_others():
+    c = Calibration()
+    c.blocks, c.hosts, c.n[0, 2] = 10, 2_000, 2_000
+    for _ in range(7):
+        c.note(an.MEETING, 4.0)
+    step = int(4.0 / 0.25)
+    assert c.floors(10)[an.MEETING, step] == pytest.approx(4 / 2_400)
+    c.bear_out(an.MEETING, 4.0)
+    assert c.floors(10)[an.MEETING, step] == pytest.approx(2 / 2_400)
+    c.bear_out(an.MEETING, 4.0)
+    assert c.floors(10).max() == 0
+    for _ in range(9):
+        c.note(an.EXFIL, 4.0)
+    assert c.floors(10)[an.EXFIL, step] == pytest.approx(6 / 2_400)
+
+
 def test_a_saved_calibration_goes_on():
     b = Blocks(5, an.SWEEP, 3)
     for s in (2.0, 0.0, 1.0):

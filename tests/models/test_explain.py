@@ -131,10 +131,10 @@ def test_implausible_first_meetings_are_told_one_by_one_and_without_them_nothing
     strangers = [f"10.77.0.{200 + i}" for i in range(6)]
     rows = office(BEGIN + 80, 1)
     meetings = [(BEGIN + 2.0 * i, CLIENTS[2], peer, 443, 1, 900, 4_000) for i, peer in enumerate(strangers)]
-    tails = {(CLIENTS[2], peer): 1 / 20_000 for peer in strangers}
+    misplaced = {(CLIENTS[2], peer): 0.9 for peer in strangers}
 
     def raised(extra: list[Row], until: float = BEGIN + 20):  # type: ignore[no-untyped-def]
-        found = created(Watch(dataclasses.replace(LOUD, budget=500.0), tails).run(rows + extra, until))
+        found = created(Watch(dataclasses.replace(LOUD, budget=500.0), misplaced).run(rows + extra, until))
         return next((f for f in found if f.host == CLIENTS[2] and "meeting" in (f.analytic, f.lead)), None)
 
     finding = raised(meetings)
@@ -142,8 +142,13 @@ def test_implausible_first_meetings_are_told_one_by_one_and_without_them_nothing
     assert {e.dst for e in finding.evidence} <= set(strangers)
     assert len(finding.evidence) >= 2
     for e in finding.evidence:
-        assert e.text == "first meeting on tcp/443: 1 of 20,000 first meetings is as unlikely"
-        assert e.facts["probability"] == pytest.approx(1 / 20_000, rel=0.01)
+        assert e.text == "first meeting on tcp/443, 90% out of place"
+        assert e.facts["misplaced"] == pytest.approx(0.9)
+    said = re.search(r" met (\d+) peers that hosts like it do not meet in ", finding.sentence)
+    if finding.analytic == "meeting":
+        assert said
+        assert int(said[1]) >= len(finding.evidence)
+        assert finding.observed > 1.5
     shown = {e.dst for e in finding.evidence}
     until = (finding.alarm_ns - START) / S
     assert raised(meetings, until) == finding

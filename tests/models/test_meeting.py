@@ -211,7 +211,7 @@ def test_what_is_implausible_is_hardly_learnt() -> None:
 
 def test_training_takes_its_own_meetings_out_of_popularity() -> None:
     hosts = table(*[f"h{i}" for i in range(40)])
-    memory = MeetingMemory(slots=8, replayed=1 << 10, max_hosts=1000, seed=0, inside=None)
+    memory = MeetingMemory(slots=8, far=4, replayed=1 << 10, max_hosts=1000, seed=0, inside=None)
     prior = MeetingPrior(MeetingConfig(graph=False))
     prior.memory = memory
     for i in range(30):
@@ -245,10 +245,10 @@ def test_embeddings_are_inductive_and_unknown_hosts_have_none() -> None:
 
 
 def test_neighbour_slots_keep_a_fair_sample_of_the_past() -> None:
-    slots = NeighbourSlots(16, seed=3)
+    slots, inside = NeighbourSlots(16, 4, seed=3), np.ones(1001, np.bool_)
     slots.ensure(1001)
     target = np.arange(1, 1001, dtype=np.int32)
-    added = slots.meet(np.zeros(1000, np.int32), target, np.ones(1000, np.float32), tick=0)
+    added = slots.meet(np.zeros(1000, np.int32), target, np.ones(1000, np.float32), inside, tick=0)
     assert (added == 1).all()
     _, kept, weight = slots.csr(TO, np.zeros(1, np.int32))
     assert len(kept) == 16
@@ -256,8 +256,15 @@ def test_neighbour_slots_keep_a_fair_sample_of_the_past() -> None:
     assert 250 < kept.mean() < 750
     _, back, _ = slots.csr(FROM, np.array([7], np.int32))
     assert back.tolist() == [0]
-    again = slots.meet(np.zeros(16, np.int32), kept, np.ones(16, np.float32), tick=1)
+    again = slots.meet(np.zeros(16, np.int32), kept, np.ones(16, np.float32), inside, tick=1)
     assert (again == 0).all()
+    world = NeighbourSlots(16, 4, seed=3)
+    world.ensure(1001)
+    inside[:] = np.arange(1001) <= 12
+    world.meet(np.zeros(1000, np.int32), target, np.ones(1000, np.float32), inside, tick=0)
+    _, kept, _ = world.csr(TO, np.zeros(1, np.int32))
+    assert len(kept) == 12 + 4, "the world's many sites leave those who are inside their place"
+    assert set(range(1, 13)) <= set(kept.tolist())
 
 
 def test_memory_is_bounded_and_forgets_who_was_unseen_for_longest() -> None:

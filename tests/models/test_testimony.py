@@ -40,6 +40,7 @@ def test_it_tells_the_priors_numbers_and_names_what_speaks_against(
         assert said.facts["rank"] == evidence.rank
         assert said.facts["candidates"] == evidence.candidates
         assert said.facts["tail"] == pytest.approx(evidence.tail, rel=0.01)
+        assert said.facts.get("among", 1.0) == pytest.approx(evidence.among, rel=0.01)
         assert f"{evidence.less_likely:,} of {evidence.candidates:,} possible peers are less likely" in said.text
         against = said.facts.get("against", [])
         assert len(against) <= SHOWN
