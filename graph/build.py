@@ -13,16 +13,23 @@ from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from flowsage.graph import memory
-from flowsage.graph.flows import SERVICE_BITS, Bool, FlowBatch, HostTable, Int32, Int64, UInt64
+from flowsage.graph.flows import LOGIN_PORTS, SERVICE_BITS, Bool, FlowBatch, HostTable, Int32, Int64, UInt64
 from flowsage.graph.prefetch import prefetch
+
+Float64 = npt.NDArray[np.float64]
 
 _TABLE, _ROWS = 1 << 10, 1 << 9
 _KEEP_ROWS = 1 << 18
 """Scratch for up to this many contacts (16 MiB) is kept for the next call; more is given back."""
 
 _TCP = 6
+
+BRIEF_BYTES, BRIEF_PACKETS = 16_384.0, 64.0
+"""Both ways, up to which a session says no more than passwords that are refused: keys are exchanged, and a few attempts
+made. One that says r times as much, or has somebody typing in it, counts 1/r²."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,9 @@ class Contacts:
     """[c] one flow was answered, or it is not TCP."""
     told: Bool
     """[c] of one flow it is known whether something came back."""
+    tries: Float64
+    """[c] how many sessions at a service that asks for a password look like no more than a try (`BRIEF_BYTES`). Only
+    those in which something was said, and whose opening is in the record; 0 for other services."""
     of_flow: Int32
     """[n] contact of each flow of the run."""
     offsets: Int64
@@ -250,6 +260,21 @@ def _unpack(  # type: ignore[no-untyped-def]
         kept[j] = replies > 0 or (svc >> SERVICE_BITS) - 1 != _TCP
 
 
+@numba.njit(cache=True, nogil=True)
+def _count_tries(service, failed, continued, pf, pr, bf, br, of_flow, tries):  # type: ignore[no-untyped-def]
+    """Adds up `Contacts.tries`; continued bool[n], or bool[0] where nothing is known of it."""
+    for i in range(len(service)):
+        if (service[i] >> SERVICE_BITS) - 1 != _TCP:
+            continue
+        port, login = (service[i] & ((1 << SERVICE_BITS) - 1)) - 1, False
+        for p in LOGIN_PORTS:
+            login |= port == p
+        spoken = (pf[i] < 0 or pf[i] > 2) and (pr[i] < 0 or pr[i] > 1)  # more than an opening
+        if login and spoken and not failed[i] and not (len(continued) and continued[i]):
+            packets, said = max(pf[i], 0.0) + max(pr[i], 0.0), max(bf[i], 0.0) + max(br[i], 0.0)
+            tries[of_flow[i]] += max(1.0, packets / BRIEF_PACKETS, said / BRIEF_BYTES) ** -2.0
+
+
 class _Scratch(threading.local):
     """Table and rows that calls of one thread reuse."""
 
@@ -322,9 +347,15 @@ def contacts(flows: FlowBatch, window_ns: int) -> Contacts:
         rows, windows, offsets, of_contact, src, dst, service, count, answered, failed,
         packets_fwd, packets_rev, bytes_fwd, bytes_rev, last, kept, told,
     )  # fmt: skip
+    tries = np.zeros(c)  # mostly nought, and what is nought takes no memory
+    continued = flows.detail.continued if flows.detail is not None else np.empty(0, np.bool_)
+    _count_tries(
+        flows.service, flows.failed, continued,
+        flows.packets_fwd, flows.packets_rev, flows.bytes_fwd, flows.bytes_rev, of_flow, tries,
+    )  # fmt: skip
     return Contacts(
         flows.hosts, of_contact, src, dst, service, count, answered, failed,
-        packets_fwd, packets_rev, bytes_fwd, bytes_rev, first[:c].copy(), last, kept, told,
+        packets_fwd, packets_rev, bytes_fwd, bytes_rev, first[:c].copy(), last, kept, told, tries,
         of_flow, offsets, windows, flow_offsets,
     )  # fmt: skip
 

@@ -22,7 +22,8 @@ from flowsage.graph import columns, memory
 from flowsage.graph.columns import UNKNOWN, Bool, Int64
 
 __all__ = [
-    "ACK", "EPHEMERAL", "FAILED_STATES", "FIN", "HALF_OPEN_STATES", "LATEST_NS", "RST", "SERVICE_BITS", "SYN", "TCP",
+    "ACK", "EPHEMERAL", "FAILED_STATES", "FIN", "HALF_OPEN_STATES", "LATEST_NS", "LOGIN_PORTS", "RST", "SERVICE_BITS",
+    "SYN", "TCP",
     "UNKNOWN", "Bool", "FlowBatch", "FlowDetail", "HostTable", "Int32", "Int64", "UInt64",
     "from_table", "hash_names", "merge", "service_code", "service_name",
 ]  # fmt: skip
@@ -38,6 +39,9 @@ FAILED_STATES = ("S0", "REJ", "RSTOS0", "RSTRH", "SH")
 
 HALF_OPEN_STATES = ("S0", "SH")
 """Those of them in which the responder never said anything."""
+
+LOGIN_PORTS = (21, 22, 23, 1433, 3306, 3389, 5432, 5900)
+"""TCP services that ask for a password."""
 
 LATEST_NS = 1 << 62
 """Times beyond this, either way, are not times: windows could not be counted in 64 bits."""
@@ -76,6 +80,8 @@ class FlowDetail:
     """Sum of squared lengths of the initiator's packets, in bytes^2."""
     ttl: Int32
     """Largest TTL or hop limit of the initiator's packets."""
+    continued: Bool
+    """A TCP connection that was there before: by its flags, without its opening."""
 
     def take(self, index: npt.NDArray[np.intp] | slice) -> FlowDetail:
         """The rows at `index`."""
@@ -204,7 +210,7 @@ _OWN_DETAIL = ("handshake_ns", "iat_sum_ns_fwd", "iat_sumsq_us2_fwd", "length_su
 """Columns of our own records (collector/records.py) that `FlowDetail` reads, in its order."""
 
 
-def _detail(table: pa.Table, half_open: Bool | None) -> FlowDetail | None:
+def _detail(table: pa.Table, half_open: Bool | None, continued: Bool | None) -> FlowDetail | None:
     if half_open is None and not any(c in table.column_names for c in _OWN_DETAIL):
         return None
     handshake, gap_sum, gap_sumsq, length_sumsq, ttl = (columns.numbers(table, c) for c in _OWN_DETAIL)
@@ -215,26 +221,29 @@ def _detail(table: pa.Table, half_open: Bool | None) -> FlowDetail | None:
         gap_sumsq_us2=gap_sumsq,
         length_sumsq=length_sumsq,
         ttl=ttl.astype(np.int32),
+        continued=continued if continued is not None else np.zeros(len(table), np.bool_),
     )
 
 
-def _tcp(table: pa.Table, proto: Int32) -> tuple[Bool, Bool | None]:
-    """Failed and half open [n]: from Zeek's state, else from the flags of our own records.
+def _tcp(table: pa.Table, proto: Int32) -> tuple[Bool, Bool | None, Bool | None]:
+    """Failed, half open and continued [n]: from Zeek's state, else from the flags of our own records.
 
-    By flags: a SYN never met by a SYN-ACK has failed, and is half open unless refused by RST.
+    By flags: a SYN never met by a SYN-ACK has failed, and is half open unless refused by RST; where there is no SYN
+    either way an earlier record had it.
     """
-    failed, half_open = np.zeros(len(table), np.bool_), None
+    failed, half_open, continued = np.zeros(len(table), np.bool_), None, None
     if "tcp_flags_fwd" in table.column_names and "tcp_flags_rev" in table.column_names:
         fwd, rev = columns.numbers(table, "tcp_flags_fwd"), columns.numbers(table, "tcp_flags_rev")
         failed = (proto == TCP) & (fwd > 0) & (fwd & SYN != 0) & (rev >= 0) & (rev & SYN == 0)
         half_open = failed & (rev & RST == 0)
+        continued = (proto == TCP) & (fwd > 0) & (rev >= 0) & ((fwd | rev) & SYN == 0)
     if "state" in table.column_names and not pa.types.is_null(table.column("state").type):
         state = table.column("state").cast(pa.string())
         known = columns.bools(pc.is_valid(state))
         failed = np.where(known, columns.bools(pc.is_in(state, value_set=pa.array(FAILED_STATES))), failed)
         silent = columns.bools(pc.is_in(state, value_set=pa.array(HALF_OPEN_STATES)))
         half_open = silent if half_open is None else np.where(known, silent, half_open)
-    return failed, half_open
+    return failed, half_open, continued
 
 
 def _ports(table: pa.Table, column: str, high: int) -> Int32:
@@ -270,7 +279,7 @@ def from_table(table: pa.Table | pa.RecordBatch, *, undirected: bool = False, fi
     src_port, dst_port = _ports(table, "src_port", 65_535), _ports(table, "dst_port", 65_535)
     packets_fwd, packets_rev = columns.numbers(table, "packets_fwd"), columns.numbers(table, "packets_rev")
     bytes_fwd, bytes_rev = columns.numbers(table, "bytes_fwd"), columns.numbers(table, "bytes_rev")
-    failed, half_open = _tcp(table, proto)
+    failed, half_open, continued = _tcp(table, proto)
     told = (packets_rev >= 0) | (bytes_rev >= 0)
     if "state" in table.column_names:
         told |= columns.bools(pc.is_valid(table.column("state")))
@@ -299,7 +308,7 @@ def from_table(table: pa.Table | pa.RecordBatch, *, undirected: bool = False, fi
         answered=answered,
         told=told,
         row=np.arange(first_row, first_row + n, dtype=np.int64),
-        detail=_detail(table, half_open),
+        detail=_detail(table, half_open, continued),
     )
 
 
@@ -368,5 +377,5 @@ def merge(batches: Sequence[FlowBatch]) -> FlowBatch:
 
 
 def _no_detail(n: int) -> FlowDetail:
-    unknown = np.full(n, UNKNOWN, np.int64)
-    return FlowDetail(np.zeros(n, np.bool_), unknown, unknown, unknown, unknown, np.full(n, UNKNOWN, np.int32))
+    unknown, no = np.full(n, UNKNOWN, np.int64), np.zeros(n, np.bool_)
+    return FlowDetail(no, unknown, unknown, unknown, unknown, np.full(n, UNKNOWN, np.int32), no)

@@ -202,20 +202,22 @@ class Alarms:
         )  # fmt: skip
         fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
         shared, surprise = (np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss))
-        what = service, counts, told, sent, shared, fresh, surprise, misplaced
 
-        def register() -> None:
+        def register() -> int:
             sources, targets, news = levels.register(
                 slots, counts[2], known, h["born"], born, h["active"], now, self._block, fresh, active
             )
             self._active[0].append(active[0, :sources])
             self._active[1].append(active[1, :targets])
-            levels.remember(
-                slots, *what, c.first_ns, c.last_ns, h["inside"], now, news, self._log.inc, self._log.meta,
-                self._log.at,
-            )  # fmt: skip
+            return int(news)
 
-        _, strength = self._both(n, register, lambda: self._beats(c, slots, looked))
+        news, strength = self._both(n, register, lambda: self._beats(c, slots, looked))
+        # Who logs in by the clock is a program; whether its beat is a beacon's is asked elsewhere.
+        tries = np.where(m.contacts.arrays["beat"][slots[4], beacon.REGULAR] > 0.0, 0.0, c.tries)
+        what = service, counts, told, sent, tries, shared, fresh, surprise, misplaced
+        levels.remember(
+            slots, *what, c.first_ns, c.last_ns, h["inside"], now, news, self._log.inc, self._log.meta, self._log.at,
+        )  # fmt: skip
         scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
         usual = uploads.usual(
             slots, sent, shared, cells[2], past[2], h["inside"], h["born"], h["received"], h["received_past"],
@@ -234,10 +236,11 @@ class Alarms:
             )
             found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
             count = levels.judge(
-                touched, raised, slots, cells, past, h["born"], born, h["record"], *self._parameters, self._floors,
-                self._tau, self._span, step, *kinds, an.FAMILY, an.IS_TARGET, np.arange(levels.A) == an.BEACON,
-                an.LEARNS, an.LEAST, an.SHARE, an.JOINT, open_, best, h["causes"], h["excluded"],
-                h["smallest"], self._fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed, found, values,
+                touched, raised, slots, service, cells, past, h["born"], born, h["record"], *self._parameters,
+                self._floors, self._tau, self._span, step, *kinds, an.FAMILY, an.IS_TARGET,
+                np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE, an.JOINT, open_, best, h["causes"],
+                h["excluded"], h["smallest"], self._fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed,
+                found, values,
             )  # fmt: skip
             return found[:count], values[:count]
 

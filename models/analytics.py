@@ -27,11 +27,12 @@ HOST, SERVICE, PAIR, CONTACT = range(4)
 BYTES_SCALE = 1e4
 """Bytes in one unit of level: below ten kilobytes nothing is worth a word."""
 
-LOGIN_PORTS = (21, 22, 23, 1433, 3306, 3389, 5432, 5900)
-"""TCP services that ask for a password."""
-
 ADMIN_PORTS = (22, 23, 135, 139, 445, 3389, 5900, 5985, 5986)
 """TCP services through which one host is given orders by another."""
+
+
+DATABASE_PORTS = (1433, 3306, 5432)
+"""TCP services where programs log in for every question, so that a host's first hour of it says nothing."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ TABLE: tuple[Analytic, ...] = (
              "{host} tried {count} new peers on {service} in {span}", 4),
     Analytic("ports", "scan", "source", PAIR, 4 * HOUR, "T1046", "new services",
              "{host} tried {observed} new services of {peer} in {span}", 10),
-    Analytic("guess", "credential", "source", PAIR, HOUR, "T1110", "sessions",
-             "{host} opened {observed} sessions on {service} of {peer} in {span}", 10),
+    Analytic("guess", "credential", "source", PAIR, HOUR, "T1110", "brief sessions",
+             "{host} opened {observed} brief sessions on {service} of {peer} in {span}", 15),
     Analytic("fail", "scan", "source", HOST, HOUR, "T1046", "failed flows",
              "{observed} flows of {host}{on} failed in {span}", 6),
     Analytic("lateral", "lateral", "source", HOST, HOUR, "T1021", "new internal peers",
@@ -173,6 +174,12 @@ def _among(port, ports):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
+def is_database(service):  # type: ignore[no-untyped-def]
+    """Whether the service, by its code, is a database."""
+    return (service >> SERVICE_BITS) - 1 == 6 and _among((service & ((1 << SERVICE_BITS) - 1)) - 1, DATABASE_PORTS)
+
+
+@numba.njit(cache=True, nogil=True)
 def contributions(  # type: ignore[no-untyped-def]
     service,
     flows,
@@ -180,6 +187,7 @@ def contributions(  # type: ignore[no-untyped-def]
     failed,
     told,
     sent,
+    tries,
     sources,
     inside,
     new_pair,
@@ -191,8 +199,8 @@ def contributions(  # type: ignore[no-untyped-def]
 ):
     """What one contact adds to the level of each analytic: out f8[A].
 
-    service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; sources: distinct
-    ones of (target, service); inside: (source,
+    service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; tries: sessions
+    that may be no more than a guess (`Contacts.tries`); sources: distinct ones of (target, service); inside: (source,
     target) are internal; new_*: the pair, the contact (source, target, service), the source's use of the service was
     never counted before; surprise: C_ss, nats; misplaced: how much the first meeting is out of place, 0 to 1,
     NaN where not asked.
@@ -223,8 +231,7 @@ def contributions(  # type: ignore[no-untyped-def]
             out[MEETING] = misplaced
     if new_service:
         out[NOVELTY] = min(SURPRISE_MOST, max(0.0, surprise - SURPRISE))
-    if tcp and _among(port, LOGIN_PORTS):
-        out[GUESS] = flows
+    out[GUESS] = tries
     if inside[0] and sent > 0:
         # What is sent within the network is a copy; what a host sends outside is judged by what it has sent outside
         # before. Where others send to as well is less of a secret: a cloud, a mail relay.

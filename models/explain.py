@@ -215,7 +215,7 @@ def explain(
     )
 
 
-ONE = re.compile(r"\b1 ((?:new )?(?:internal )?)(peers|services|sources|sessions|flows)\b")
+ONE = re.compile(r"\b1 ((?:new )?(?:internal )?(?:brief )?)(peers|services|sources|sessions|flows)\b")
 """Where a sentence about many speaks of one."""
 
 
@@ -252,7 +252,7 @@ PIECES = {
     "fan": "first meeting, on {on}",
     "fan-in": "first meeting, on {on}",
     "ports": "first use of {on} there",
-    "guess": "{flows} on {on}, each a session",
+    "guess": "{flows} on {on} count as {value} brief sessions",
     "fail": "{value} of {flows} on {on} failed",
     "fail-in": "{value} of {flows} on {on} failed",
     "lateral": "first meeting, on {on}",

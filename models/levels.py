@@ -27,7 +27,19 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.analytics import BURST, DOUBLES, DRIP, EXFIL, FAMILIES, FLOOD, MEETING, TABLE, contributions
+from flowsage.models.analytics import (
+    BURST,
+    DOUBLES,
+    DRIP,
+    EXFIL,
+    FAMILIES,
+    FLOOD,
+    GUESS,
+    MEETING,
+    TABLE,
+    contributions,
+    is_database,
+)
 from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
@@ -188,6 +200,7 @@ def remember(  # type: ignore[no-untyped-def]
     counts,
     told,
     sent,
+    tries,
     sources,
     fresh,
     surprise,
@@ -216,7 +229,7 @@ def remember(  # type: ignore[no-untyped-def]
             continue
         source, target = slots[0, i], slots[1, i]
         both[0], both[1] = inside[source], inside[target]
-        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], 1.0, both,
+        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], tries[i], 1.0, both,
                       fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
         at = which * half + log_at[which] % half
         log_at[which] += 1
@@ -228,7 +241,7 @@ def remember(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def raise_levels(  # type: ignore[no-untyped-def]
-    part, parts, slots, service, counts, told, sent, sources, fresh, surprise, misplaced,
+    part, parts, slots, service, counts, told, sent, tries, sources, fresh, surprise, misplaced,
     usual, cells, past, host_born, inside, host_record,
     tau, span, step, column, kind, width, is_target, fade, now, touched,
 ):  # fmt: skip
@@ -253,8 +266,8 @@ def raise_levels(  # type: ignore[no-untyped-def]
         if not (mine or theirs):
             continue
         both[0], both[1] = inside[source], inside[target]
-        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], sources[i], both,
-                      fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
+        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], tries[i], sources[i],
+                      both, fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
         for a in range(len(kind)):
             if out[a] <= 0.0 or not (theirs if is_target[a] else mine):
                 continue
@@ -275,7 +288,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def judge(  # type: ignore[no-untyped-def]
-    touched, m, slots, cells, past, host_born, born, host_record,
+    touched, m, slots, service, cells, past, host_born, born, host_record,
     rate, shape, scale, floors, tau, span, step, column, kind, width, family, is_target, direct, learns, least, share,
     joint, open_, best, family_best, excluded, smallest, fade, now, hour, day, quiet, allowed,
     found, values,
@@ -336,6 +349,8 @@ def judge(  # type: ignore[no-untyped-def]
             continue
         if age < hour:
             group = 0
+            if a == GUESS and is_database(service[contact]):
+                continue
         elif what == 0:
             group = 2 if age < day else 3
         else:

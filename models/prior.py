@@ -6,7 +6,10 @@ Rate = (Σ w k + 1) / (Σ w N + 500), mean excess = (Σ w E + 3 · 0.5) / (Σ w 
 thousand host-blocks. `python -m tests.evaluate.priors` measures it anew, and what each file's own part is worth to it.
 "meeting" is measured where there is a graph (dapt2020, ctu50, ctu_sme11: one exceedance, of .6, in 1,500 host-blocks),
 but for its mean excess, which is chosen: one exceedance says too little, and one peer out of place exceeds u by no more
-than ln 2 − u = .19.
+than ln 2 − u = .19. "guess" of new hosts leaves out the files without ports and rita: 766 hosts of the internet guess
+passwords of its one public server (17,800 log-ins), whatever these rows are labelled. Of keys it is kept from when
+scans counted as sessions, since hardly a program logs in anywhere in these files: measured anew a new key's rate is a
+quarter, and build machines and roll-outs by ssh were raised.
 """
 
 GROUPS = ("new host", "new key", "young key", "old key")
@@ -18,7 +21,7 @@ PRIOR: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "fan": ((0.59, 0.00028, 0.0089, 0.0017), (0.21, 0.5, 0.46, 0.67)),
     "sweep": ((0.19, 0.05, 0.0028, 0.0005), (0.2, 0.18, 0.74, 0.44)),
     "ports": ((0.59, 0.024, 0.0026, 0.0041), (0.2, 0.26, 0.73, 0.29)),
-    "guess": ((0.042, 0.0017, 0.0011, 0.0029), (0.51, 0.61, 0.4, 0.45)),
+    "guess": ((0.0014, 0.0017, 0.0011, 0.0029), (0.5, 0.61, 0.4, 0.45)),
     "fail": ((0.21, 0.00028, 0.0058, 0.001), (0.23, 0.5, 0.72, 0.38)),
     "lateral": ((0.0015, 0.00028, 0.00066, 0.001), (0.65, 0.5, 0.41, 0.38)),
     "exfil": ((0.0005, 0.0014, 0.0014, 0.00033), (0.5, 2.2, 0.35, 0.5)),

@@ -167,3 +167,26 @@ def test_flows_that_go_back_in_time_are_refused() -> None:
             contacts(flows.take(order), 60_000_000_000)
     with pytest.raises(ValueError, match="window_ns"):
         contacts(flows, 0)
+
+
+LOGIN = {"src": "a", "dst": "b", "start_ns": 0, "proto": 6, "src_port": 50_000, "dst_port": 22}
+
+
+@pytest.mark.parametrize(
+    ("columns", "tries"),
+    [
+        ({}, 1.0),
+        ({"packets_fwd": 20, "packets_rev": 18, "bytes_fwd": 5_145, "bytes_rev": 5_013}, 1.0),
+        ({"dst_port": 3_389, "bytes_fwd": 30_000, "bytes_rev": 35_536}, 1 / 16),
+        ({"packets_fwd": 64, "packets_rev": 64}, 1 / 4),
+        ({"packets_fwd": 3, "packets_rev": 1}, 0.0),
+        ({"dst_port": 443}, 0.0),
+        ({"proto": 17}, 0.0),
+        ({"state": "REJ"}, 0.0),
+        ({"tcp_flags_fwd": 0x18, "tcp_flags_rev": 0x18}, 0.0),
+        ({"tcp_flags_fwd": 0x1A, "tcp_flags_rev": 0x1A}, 1.0),
+    ],
+)
+def test_a_try_is_a_session_that_began_and_said_little(columns: dict[str, Any], tries: float) -> None:
+    rows = [LOGIN | columns, LOGIN | columns | {"start_ns": 1}]
+    assert contacts(handmade(rows), W).tries.tolist() == [pytest.approx(2 * tries)]

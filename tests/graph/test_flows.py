@@ -128,6 +128,22 @@ def test_what_became_of_a_connection(columns: dict[str, Any], failed: bool, half
     assert flows.told[0]
 
 
+@pytest.mark.parametrize(
+    ("columns", "continued"),
+    [
+        ({"proto": 6, "tcp_flags_fwd": 0x18, "tcp_flags_rev": 0x10}, True),
+        ({"proto": 6, "tcp_flags_fwd": 0x1A, "tcp_flags_rev": 0x1A}, False),
+        ({"proto": 6, "tcp_flags_fwd": 0x10, "tcp_flags_rev": 0x12}, False),
+        ({"proto": 17, "tcp_flags_fwd": 0, "tcp_flags_rev": 0}, False),
+        ({"proto": 6, "state": "SF"}, False),
+    ],
+)
+def test_a_record_without_its_opening_goes_on_with_a_connection(columns: dict[str, Any], continued: bool) -> None:
+    detail = one(**columns).detail
+    assert detail is not None
+    assert detail.continued[0] == continued
+
+
 def test_a_reply_is_told_by_packets_else_by_bytes() -> None:
     assert not one(packets_rev=0, bytes_rev=5).answered[0]
     assert not one(bytes_rev=0).answered[0]

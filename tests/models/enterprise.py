@@ -67,7 +67,7 @@ def make_contacts(
         hosts=hosts, window=window.astype(np.int64), src=src.astype(np.int32), dst=dst.astype(np.int32),
         service=service.astype(np.int32), flows=ones, answered=ones, failed=zeros, packets_fwd=wide, packets_rev=wide,
         bytes_fwd=wide, bytes_rev=wide, first_ns=wide, last_ns=wide, kept=np.ones(c, np.bool_),
-        told=np.ones(c, np.bool_), of_flow=np.arange(c, dtype=np.int32), offsets=edges,
+        told=np.ones(c, np.bool_), tries=np.zeros(c), of_flow=np.arange(c, dtype=np.int32), offsets=edges,
         windows=windows.astype(np.int64), flow_offsets=edges,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.episodes import Episodes, Offer
 from flowsage.models.explain import Explained
 from flowsage.models.finding import Finding
-from tests.models.alarm_streams import LAB, MISBEHAVIOURS, START, Row, S, Watch, office
+from tests.models.alarm_streams import CLIENTS, FILES, LAB, MISBEHAVIOURS, SSH, START, Row, S, Watch, office
 
 BEGIN = 126.0
 """Seconds of calibration before a misbehaviour: two minutes of the lab."""
@@ -49,6 +49,19 @@ def test_each_misbehaviour_is_raised_in_time_and_names_its_host(name, within, fa
     assert hits, f"{name} was not raised"
     assert hits[0].family in families
     assert 0 <= (hits[0].alarm_ns - START) / S - BEGIN <= within
+
+
+HARMLESS = {
+    "by the clock": [(BEGIN + i * 1.0, CLIENTS[6], SSH, 22, 1, 1_800, 2_200) for i in range(60)],
+    "with much to say": [(BEGIN + i * 0.4, CLIENTS[6], SSH, 22, 1, 9_000, 90_000) for i in range(100)],
+    "a new host's database": [(BEGIN + i * 0.1, "10.77.0.70", FILES, 5432, 1, 1_500, 4_000) for i in range(500)],
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_who_logs_in_often_for_a_harmless_reason_guesses_no_password(name):
+    rows = office(BEGIN + 80, 1) + HARMLESS[name]
+    assert [f.sentence for f in created(Watch(LOUD).run(rows, BEGIN + 60)) if f.analytic == "guess"] == []
 
 
 def test_ten_minutes_without_misbehaviour_raise_at_most_one_host():

@@ -216,7 +216,7 @@ def added(service, inside, *, flows=1, sent=0, sources=1.0, new=True, misplaced=
     """What one answered contact adds, by analytic."""
     out = np.empty(len(an.TABLE))
     an.contributions(
-        service, flows, flows, 0, True, sent, sources, np.array(inside), new, new, new, 0.0, misplaced, out
+        service, flows, flows, 0, True, sent, 0.0, sources, np.array(inside), new, new, new, 0.0, misplaced, out
     )
     return dict(zip(an.NAMES, out.tolist(), strict=True))
 

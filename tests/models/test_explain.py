@@ -104,7 +104,7 @@ def test_quiet_hosts_have_nothing_to_explain():
     [
         ("host scan", "first meeting on tcp/443, refused or not answered"),
         ("port scan", "1 of 1 flow on tcp/"),
-        ("guessing", " on tcp/22, each a session"),
+        ("guessing", " on tcp/22 count as "),
         ("exfiltration", "MB more sent than received on tcp/443"),
         ("beacon", "every 3.0 s ± "),
         ("worm", "first meeting, on tcp/445"),
