@@ -134,12 +134,16 @@ TAU = np.array([a.tau for a in TABLE])
 COLUMN = np.array([sum(b.kind == a.kind for b in TABLE[:i]) for i, a in enumerate(TABLE)], np.int64)
 """Position of an analytic among those of its kind."""
 SHARE = np.array(
-    [{"beacon": 0.2, "sweep": 0.15, "exfil": 0.15, "fail": 0.15, "meeting": 0.15}.get(a.name, 0.075) for a in TABLE]
+    [
+        {"beacon": 0.2, **dict.fromkeys(("sweep", "guess", "fail", "exfil", "meeting"), 0.15)}.get(a.name, 0.075)
+        for a in TABLE
+    ]
 )
 """Share of an analytic in the budget: p of a host is the smallest p / share (weighted Bonferroni, Genovese 2006, with
 ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
-minute, so a beat and a slow scan (of one service, or of many) need larger shares, and the others hardly miss them. So
-does an upload: bytes have the heaviest tail of all; and peers who are out of place, of whom there are few."""
+minute, so a beat, a slow scan (of one service, or of many) and slow guessing need larger shares, and the others hardly
+miss them. So does an upload: bytes have the heaviest tail of all; and peers who are out of place, of whom there are
+few."""
 EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan-in" for a in TABLE])
 """Raised after the first block: no habit is needed to tell them."""
 FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a in TABLE])
