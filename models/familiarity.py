@@ -37,7 +37,7 @@ from flowsage.models.key_levels import (
     SVC_X,
 )  # fmt: skip
 from flowsage.models.keys import AHEAD
-from flowsage.models.load import load
+from flowsage.models.load import cold, load
 from flowsage.models.terms import (
     B_S,
     B_SS,
@@ -65,7 +65,6 @@ Float64 = npt.NDArray[np.float64]
 _THETA, _D, _POOLED = CONSTANTS.strength, CONSTANTS.discount, CONSTANTS.pooled
 _ALL, _OWN, _LAST = CONSTANTS.rank_all, CONSTANTS.rank_service, int(CONSTANTS.buckets) - 1
 _PORT = (1 << SERVICE_BITS) - 1
-_FADE = CONSTANTS.cold_windows
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -334,7 +333,7 @@ def familiarity(  # type: ignore[no-untyped-def]
             o_l[:n_o] = 0.0
         # Out: each directed contact gets what its keys have.
         last = end - 1
-        cold = (_FADE / (_FADE + now)) ** 2 if weights[F_0] != 0.0 else 0.0
+        worth = cold(now) if weights[F_0] != 0.0 else 0.0
         for c in range(run.offsets[w], run.offsets[w + 1]):
             for way in range(ways):
                 v = c * ways + way
@@ -358,7 +357,7 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, F_O] = o_l[o_rows.row[v], 0]
                 line[way, N_O] = o_l[o_rows.row[v], 1]
                 line[way, G_O] = o_l[o_rows.row[v], 2]
-                line[way, F_0] = cold * (max(0.0, ss_n[ss, 2]) + 0.5 * max(0.0, s_t[s, 1]))
+                line[way, F_0] = worth * (max(0.0, ss_n[ss, 2]) + 0.5 * max(0.0, s_t[s, 1]))
                 line[way, D] = o_n[o_rows.row[v], 2]
                 if way == 0:
                     before[c] = es_n[es, 1]

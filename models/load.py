@@ -29,6 +29,12 @@ def _ln1p(count):  # type: ignore[no-untyped-def]
     return _LN[int(count)] if count < 64.0 else math.log1p(count)
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def cold(seen):  # type: ignore[no-untyped-def]
+    """What a comparison with peers is worth after so many windows: 1 at first, a quarter after `cold_windows`."""
+    return (_FADE / (_FADE + seen)) ** 2
+
+
 @numba.njit(cache=True, nogil=True)
 def load(run, w, seen, es_row, o_row, o_slot, past, pool, out):  # type: ignore[no-untyped-def]
     """Terms of the offered services of window w into out f8[rows of o, 4]; what they were is learnt.
@@ -57,7 +63,7 @@ def load(run, w, seen, es_row, o_row, o_slot, past, pool, out):  # type: ignore[
         pool[0] += out[r, 0]
         pool[1] += out[r, 1]
     pool[2] += rows
-    cold = (_FADE / (_FADE + seen)) ** 2
+    worth = cold(seen)
     for r in range(rows):
         prefetch(past, o_slot[min(r + AHEAD, rows - 1)])
         slot = o_slot[r]
@@ -67,7 +73,7 @@ def load(run, w, seen, es_row, o_row, o_slot, past, pool, out):  # type: ignore[
         share = 1.0 / others if others > 0.0 else 0.0
         mean = (pool[0] - flows - x) * share
         out[r, 0] = max(0.0, x - (flows + _POOLED * mean) / (seen + _POOLED) - _FLOWS)
-        out[r, 2] = cold * max(0.0, x - mean - _PEERS) if others > 0.0 else 0.0
+        out[r, 2] = worth * max(0.0, x - mean - _PEERS) if others > 0.0 else 0.0
         mean = (pool[1] - sources - y) * share
         out[r, 1] = max(0.0, y - (sources + _POOLED * mean) / (seen + _POOLED) - _SOURCES)
         past[slot, O_FLOWS_X] = flows + x

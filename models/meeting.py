@@ -200,8 +200,7 @@ class MeetingPrior:
         """
         misplaced = np.full(len(contacts), np.nan)
         if self.waiting is None and first.any():
-            with threads_for(self._rows):
-                met = self._answers(contacts, first)
+            met = self._answers(contacts, first)
             windows = np.where(met.source >= 0, self.memory.hosts.columns["windows"][met.source], 0)
             settled = np.where(np.isnan(met.known), windows / (windows + SETTLED), met.known)
             among = np.nan_to_num(met.among, nan=1.0)
