@@ -260,17 +260,24 @@ def _unpack(  # type: ignore[no-untyped-def]
         kept[j] = replies > 0 or (svc >> SERVICE_BITS) - 1 != _TCP
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def on_ports(service, ports):  # type: ignore[no-untyped-def]
+    """Whether a service, by its code, is TCP on one of these ports."""
+    port, found = (service & ((1 << SERVICE_BITS) - 1)) - 1, False
+    if (service >> SERVICE_BITS) - 1 == _TCP:
+        for p in ports:
+            found |= port == p
+    return found
+
+
 @numba.njit(cache=True, nogil=True)
 def _count_tries(service, failed, continued, pf, pr, bf, br, of_flow, tries):  # type: ignore[no-untyped-def]
     """Adds up `Contacts.tries`; continued bool[n], or bool[0] where nothing is known of it."""
     for i in range(len(service)):
-        if (service[i] >> SERVICE_BITS) - 1 != _TCP:
+        if not on_ports(service[i], LOGIN_PORTS):
             continue
-        port, login = (service[i] & ((1 << SERVICE_BITS) - 1)) - 1, False
-        for p in LOGIN_PORTS:
-            login |= port == p
         spoken = (pf[i] < 0 or pf[i] > 2) and (pr[i] < 0 or pr[i] > 1)  # more than an opening
-        if login and spoken and not failed[i] and not (len(continued) and continued[i]):
+        if spoken and not failed[i] and not (len(continued) and continued[i]):
             packets, said = max(pf[i], 0.0) + max(pr[i], 0.0), max(bf[i], 0.0) + max(br[i], 0.0)
             tries[of_flow[i]] += max(1.0, packets / BRIEF_PACKETS, said / BRIEF_BYTES) ** -2.0
 

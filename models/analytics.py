@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.graph.build import on_ports
 from flowsage.graph.flows import SERVICE_BITS
 from flowsage.models.prior import PRIOR
 
@@ -29,7 +30,6 @@ BYTES_SCALE = 1e4
 
 ADMIN_PORTS = (22, 23, 135, 139, 445, 3389, 5900, 5985, 5986)
 """TCP services through which one host is given orders by another."""
-
 
 DATABASE_PORTS = (1433, 3306, 5432)
 """TCP services where programs log in for every question, so that a host's first hour of it says nothing."""
@@ -170,20 +170,6 @@ SURPRISE, SURPRISE_MOST = 2.0, 8.0
 
 
 @numba.njit(cache=True, nogil=True)
-def _among(port, ports):  # type: ignore[no-untyped-def]
-    found = False
-    for p in ports:
-        found |= port == p
-    return found
-
-
-@numba.njit(cache=True, nogil=True)
-def is_database(service):  # type: ignore[no-untyped-def]
-    """Whether the service, by its code, is a database."""
-    return (service >> SERVICE_BITS) - 1 == 6 and _among((service & ((1 << SERVICE_BITS) - 1)) - 1, DATABASE_PORTS)
-
-
-@numba.njit(cache=True, nogil=True)
 def contributions(  # type: ignore[no-untyped-def]
     service,
     flows,
@@ -228,7 +214,7 @@ def contributions(  # type: ignore[no-untyped-def]
         else:
             out[SWEEP] = 1.0 if tcp and (inside[1] or port not in (80, 443)) else UNANSWERED
         out[PORTS] = 1.0
-        if tcp and inside[0] and inside[1] and _among(port, ADMIN_PORTS):
+        if inside[0] and inside[1] and on_ports(service, ADMIN_PORTS):
             out[LATERAL] = 1.0
         # Relations are known among our own hosts; of the world's each is met by few, and for no reason that shows.
         if inside[1] and misplaced > 0.0:

@@ -26,9 +26,11 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.graph.build import on_ports
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.analytics import (
     BURST,
+    DATABASE_PORTS,
     DOUBLES,
     DRIP,
     EXFIL,
@@ -38,7 +40,6 @@ from flowsage.models.analytics import (
     MEETING,
     TABLE,
     contributions,
-    is_database,
 )
 from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD, mix
@@ -349,7 +350,7 @@ def judge(  # type: ignore[no-untyped-def]
             continue
         if age < hour:
             group = 0
-            if a == GUESS and is_database(service[contact]):
+            if a == GUESS and on_ports(service[contact], DATABASE_PORTS):
                 continue
         elif what == 0:
             group = 2 if age < day else 3
