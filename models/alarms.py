@@ -27,6 +27,7 @@ from flowsage.models.cells import CELL, Memory, Store, by_group
 from flowsage.models.episodes import QUIET, Episodes, Offer
 from flowsage.models.finding import Evidence, Finding
 from flowsage.models.history_scores import ContactTerms
+from flowsage.models.judgement import judge
 from flowsage.models.reasons import Asked, Log, Reasons
 
 __all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding"]
@@ -173,7 +174,7 @@ class Alarms:
                 self._log.follow(remap)
 
     def _measure(self, now: float, c: Contacts, looked: ContactTerms, misplaced: Array) -> tuple[Array, Array]:
-        """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `levels.judge` writes them."""
+        """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `judgement.judge` writes them."""
         n, m, config = len(c), self.memory, self.config
         service, told = np.ascontiguousarray(c.service), np.ascontiguousarray(c.told)
         slots, keys, before = np.empty((6, n), np.int32), np.empty((6, n), np.uint64), len(m.hosts.table)
@@ -235,7 +236,7 @@ class Alarms:
                 part, parts, slots[0], cells[3], slots[4], strength, an.BEACON, 1, 0, now, touched, raised
             )
             found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
-            count = levels.judge(
+            count = judge(
                 touched, raised, slots, service, cells, past, h["born"], born, h["record"], *self._parameters,
                 self._floors, self._tau, self._span, step, *kinds, an.FAMILY, an.IS_TARGET,
                 np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE, an.JOINT, open_, best, h["causes"],

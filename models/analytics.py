@@ -2,8 +2,8 @@
 
 `TABLE` declares them all, one row each. A contact of a pane raises the *level* of the keys that it belongs to, by what
 `contributions` says; the level is a leaky sum with time constant τ, x = ln(1 + level), and the *excess* S = x − R says
-by how much x passes the record R of that key (`levels.py`). Beacon and joint have statistics of their own (`beacon.py`,
-`levels.py`) and share everything after that: excess, calibration, alarm, finding.
+by how much x passes the record R of that key (`records.py`). Beacon and joint have statistics of their own
+(`beacon.py`, `judgement.py`) and share everything after that: excess, calibration, alarm, finding.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ class Calibration:
         rate, shape, scale = (float(v[analytic, group]) for v in self.parameters())
         return float(tail(excess, rate, shape, scale)) if excess > THRESHOLD else 1.0
 
-    def flush(  # the arrays belong to `levels.Levels`
+    def flush(  # the arrays belong to `cells.Memory`
         self,
         active: tuple[I8, I8],
         best: tuple[npt.NDArray[np.float32], ...],

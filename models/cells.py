@@ -18,7 +18,7 @@ from flowsage.models.prior import GROUPS
 Array = npt.NDArray[Any]
 
 CELL = 3
-"""Columns of a cell, and of its past, see `levels`."""
+"""Columns of a cell, and of its past, see `records`."""
 
 _PIECE = 1 << 21
 """Bytes looked at at once for whether they are all nought: a huge page."""

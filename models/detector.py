@@ -21,7 +21,8 @@ from flowsage.graph.hostgraph import HostGraph, host_graph
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.finding import Finding
 from flowsage.models.history import History, HistoryConfig, HistoryScores
-from flowsage.models.meeting import MeetingConfig, MeetingPrior
+from flowsage.models.meeting import MeetingPrior
+from flowsage.models.meeting_config import MeetingConfig
 from flowsage.models.testimony import Witness
 
 ALL_TIME = 1 << 62

@@ -8,7 +8,6 @@ plausible, so that an attack that goes on does not become what it expects (DETEC
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch
 
 from flowsage.graph.addresses import Internal
 from flowsage.graph.build import Contacts
-from flowsage.graph.flows import service_name
 from flowsage.models.columns import Array, Bool, Float32, Float64, Int32, UInt64
+from flowsage.models.meeting_config import MeetingConfig
+from flowsage.models.meeting_evidence import MeetingEvidence
 from flowsage.models.memory import Batch, MeetingMemory, Meetings
 from flowsage.models.network import Network, View
 from flowsage.models.plausibility import ANSWERS
@@ -39,84 +39,6 @@ COMMON, STRANGE = 1.0, 3.0
 
 SETTLED: Final = 60
 """Windows of activity after which a host that knows nobody on a service is half believed to have no business there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeetingConfig:
-    """Ablations are configurations: layers 0 (no message passing), overlaps off, graph off (popularity alone)."""
-
-    seed: int = 0
-    graph: bool = True
-    layers: int = 2
-    overlaps: bool = True
-    width: int = 48
-    slots: int = 24
-    far: int = 8
-    """Neighbours remembered each way, inside the network and outside."""
-    max_hosts: int = 200_000
-    replayed: int = 1 << 18
-    """Meetings kept for replay, and of one window at most."""
-    replayed_window: int = 4_096
-    gate: float = 0.05
-    """Tail from which a meeting is learnt in full; below, in proportion, but at least `floor`."""
-    floor: float = 0.02
-    unanswered: float = 0.1
-    """Weight of a meeting that was never answered."""
-    batch: int = 512
-    rate: float = 3e-3
-    step_meetings: int = 8
-    step_share: float = 1 / 128
-    """A training step is due after so many new meetings, or after this share of all so far where that is more: what is
-    one among ever more teaches ever less."""
-    exact_hosts: int = 2_500
-    """Up to so many hosts all are candidates of a question; beyond, a sample."""
-    drawn: int = 256
-    drawn_inside: float = 0.5
-    """Candidates of a training step, where there are more than twice as many hosts (with fewer all are), and the share
-    of them that is drawn from our own hosts alone: there, who meets whom has reasons."""
-    stale: int = 32
-    """Hosts that have met somebody since they were embedded, from which on they are embedded anew."""
-    refreshed: int = 512
-    """At most so many at once. After a training step as many others follow in turn."""
-    comparisons: int = 1_500_000
-    per_source: int = 32
-    """Bounds on what is asked: comparisons with candidates a window, (source, service) a source."""
-    ready_meetings: float = 200.0
-    """Sum of weights of learnt meetings, windows and training steps before it says anything."""
-    ready_windows: int = 30
-    ready_steps: int = 20
-
-
-@dataclass(frozen=True)
-class MeetingEvidence:
-    """Why a first meeting is (im)plausible. `p` and `popular`: probability of this target by the prior and by
-    popularity alone."""
-
-    tail: float
-    p: float
-    popular: float
-    rank: int
-    """1 for the likeliest of all candidates."""
-    plausible: int
-    """Candidates that carry the probability, in effect (exponential of the entropy)."""
-    less_likely: int
-    """Candidates that are less likely than this one."""
-    candidates: int
-    among: float
-    """Of what hosts like the source meet on the service inside the network, known to it or not, the share that is at
-    most as likely; NaN for a target that is not inside, or was never seen."""
-    service: str
-    never_seen: bool
-    """The target was never seen before."""
-
-    @property
-    def sentence(self) -> str:
-        """For a person: how this target stands among those that were to be expected."""
-        who = "a host never seen before" if self.never_seen else f"rank {self.rank} of {self.candidates} possible peers"
-        return (
-            f"first {self.service} to this peer: {who}, about {self.plausible} were to be expected; "
-            f"{self.tail:.2%} of first meetings are as unlikely"
-        )
 
 
 class MeetingPrior:
@@ -284,24 +206,7 @@ class MeetingPrior:
         find, code = self.memory.hosts.find, np.array([service], np.int32)
         at, blank = np.zeros(1, np.int64), np.full((ANSWERS, 1), np.nan)
         met = Answers(at, find(source_hash), find(target_hash), source_hash, target_hash, code, *blank)
-        found = self._ask(met)
-        p = self.trust * np.exp(met.log_graph[0]) + (1 - self.trust) * np.exp(met.log_popular[0])
-        live = found.density > 0
-        density, copies = found.density[live], found.copies[live]
-        mass = density * copies / (density * copies).sum()
-        entropy = -float((mass * np.log(mass / copies)).sum())
-        return MeetingEvidence(
-            tail=float(met.tail[0]),
-            p=float(p),
-            popular=float(np.exp(met.log_popular[0])),
-            rank=1 + round(float(copies[density > p * (1 + 1e-9)].sum())),
-            plausible=max(1, round(np.exp(entropy))),
-            less_likely=round(float(copies[density < p * (1 - 1e-9)].sum())),
-            candidates=round(float(copies.sum())),
-            among=float(met.among[0]),
-            service=service_name(service),
-            never_seen=bool(met.target[0] < 0),
-        )
+        return MeetingEvidence.of(met, self._ask(met), self.trust)
 
     def embed(self) -> None:
         """Embed everybody anew when next asked, by what the weights are now."""

@@ -13,9 +13,10 @@ import pyarrow as pa
 from flowsage.graph.build import Contacts
 from flowsage.graph.flows import hash_names
 from flowsage.models import analytics as an
-from flowsage.models import beacon, levels
+from flowsage.models import beacon, levels, records
 from flowsage.models.cells import Memory
 from flowsage.models.explain import META, Explained, explain
+from flowsage.models.judgement import LEAST_EXCESS
 
 Array = npt.NDArray[Any]
 
@@ -143,11 +144,11 @@ class Reasons:
             if analytic.tau == 0.0 or analytic.role != "source" or slot < 0 or causes[an.FAMILY[a]] <= 0:
                 continue
             cell, past = (stores[analytic.kind].arrays[name][slot][an.COLUMN[a]] for name in ("cells", "past"))
-            x = float(np.log1p(cell[levels.LEVEL] * np.exp((cell[levels.AT] - now) / self.tau[a])))
-            record = max(0.0, float(past[levels.RECORD]) - self.fade * now)
+            x = float(np.log1p(cell[records.LEVEL] * np.exp((cell[records.AT] - now) / self.tau[a])))
+            record = max(0.0, float(past[records.RECORD]) - self.fade * now)
             age = now - float(m.hosts.arrays["born"][source])
-            record += float(levels.growth(age, self.block, self.tau[a], self.span[a]))
-            if x - record >= levels.LEAST_EXCESS and x >= an.LEAST[a]:
+            record += float(records.growth(age, self.block, self.tau[a], self.span[a]))
+            if x - record >= LEAST_EXCESS and x >= an.LEAST[a]:
                 told = (x - record, a, x, record)
                 best[int(an.FAMILY[a])] = max(best.get(int(an.FAMILY[a]), told), told)
         for family in np.argsort(-causes, kind="stable"):

@@ -2,7 +2,7 @@
 
 To a cloud that thirty hosts send to, another sends as much every day; the same bytes to a machine that nobody sends to
 are news, whatever their sender has sent to that cloud. So every host outside has a level of what all of ours send to
-it, with a record as any key has (`levels`), and what a pair does is an excess only beyond that record too.
+it, with a record as any key has (`records`), and what a pair does is an excess only beyond that record too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.analytics import BYTES_SCALE, COLUMN, DRIP, PAIR, SHARED_MOST, WIDTH
 from flowsage.models.keys import AHEAD
-from flowsage.models.levels import BEFORE, LAST, LEVEL, RECORD, touch
+from flowsage.models.records import BEFORE, LAST, LEVEL, RECORD, touch
 
 _WIDTH, _DRIP = int(WIDTH[PAIR]), int(COLUMN[DRIP])
 

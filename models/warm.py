@@ -23,7 +23,8 @@ from flowsage.graph.warm import compile_kernels
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.history import History
 from flowsage.models.keys import KeyTable
-from flowsage.models.meeting import MeetingConfig, MeetingPrior
+from flowsage.models.meeting import MeetingPrior
+from flowsage.models.meeting_config import MeetingConfig
 
 _MINUTE = 60_000_000_000
 

@@ -21,7 +21,7 @@ from flowsage.models.alarms import AlarmConfig
 from flowsage.models.detector import ClosedWindows, Detector, DetectorConfig
 from flowsage.models.finding import Finding
 from flowsage.models.history import HistoryConfig
-from flowsage.models.meeting import MeetingConfig
+from flowsage.models.meeting_config import MeetingConfig
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.findings import SEVERITIES, version
 from flowsage.pipelines.metrics import Value

@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from flowsage.models import alarms, beacon, calibration, levels
+from flowsage.models import alarms, beacon, calibration, judgement
 from flowsage.models import analytics as an
 from flowsage.models.history import HistoryConfig
 from flowsage.models.weights import WEIGHTS, Weights
@@ -106,9 +106,9 @@ def constants() -> tuple[Constant, ...]:
         _around("calibration.A0", "compiled", calibration.A0),
         _around("calibration.WINSOR", "compiled", calibration.WINSOR),
         _around("calibration.BRIDGE", "compiled", calibration.BRIDGE),
-        _around("levels.LEAST_EXCESS", "compiled", levels.LEAST_EXCESS, 0.75, 1.5),
-        _around("levels.JOINT_P", "compiled", levels.JOINT_P),
-        _around("levels.JOINT_MOST", "compiled", levels.JOINT_MOST, 0.67, 1.5),
+        _around("judgement.LEAST_EXCESS", "compiled", judgement.LEAST_EXCESS, 0.75, 1.5),
+        _around("judgement.JOINT_P", "compiled", judgement.JOINT_P),
+        _around("judgement.JOINT_MOST", "compiled", judgement.JOINT_MOST, 0.67, 1.5),
         _around("analytics.ANSWERED", "compiled", an.ANSWERED),
         _around("analytics.UNANSWERED", "compiled", an.UNANSWERED),
         _around("analytics.SHARED_MOST", "compiled", an.SHARED_MOST),

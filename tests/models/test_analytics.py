@@ -9,7 +9,7 @@ import pytest
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import from_table, hash_names
 from flowsage.models import analytics as an
-from flowsage.models import beacon, levels
+from flowsage.models import beacon, levels, records
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.history_scores import ContactTerms
 from tests.models.alarm_streams import EVER, START, S, table
@@ -44,7 +44,7 @@ def level(alarms: Alarms, name: str, *hosts: str, service: int | None = None) ->
         store = (alarms.memory.services, alarms.memory.pairs, alarms.memory.contacts)[an.KIND[a] - 1]
         key = keys[an.KIND[a] - 1]
     slot = int(store.table.find(key[:1])[0])
-    return float(store.arrays["cells"][slot, an.COLUMN[a], levels.LEVEL])
+    return float(store.arrays["cells"][slot, an.COLUMN[a], records.LEVEL])
 
 
 def tcp(port: int) -> int:
@@ -122,9 +122,9 @@ def test_every_contact_is_counted_once_whatever_the_panes():
             c = contacts(flows.take(slice(*np.searchsorted(flows.start_ns, START + np.array([p, p + pane]) * S))), EVER)
             alarms.step(int(START + (p + pane) * S), c, looked(c), np.full(len(c), math.nan))
         cells = alarms.memory.hosts.arrays["cells"][: alarms.memory.hosts.filled]
-        assert cells[:, an.COLUMN[an.FLOOD], levels.LEVEL].sum() == pytest.approx(500, rel=1e-6)
+        assert cells[:, an.COLUMN[an.FLOOD], records.LEVEL].sum() == pytest.approx(500, rel=1e-6)
         pairs = len({r[1:3] for r in rows})
-        assert cells[:, an.COLUMN[an.FAN], levels.LEVEL].sum() == pytest.approx(pairs, rel=1e-3)
+        assert cells[:, an.COLUMN[an.FAN], records.LEVEL].sum() == pytest.approx(pairs, rel=1e-3)
 
 
 def test_record_follows_one_to_two_spans_later_and_a_new_key_takes_its_hosts():
@@ -137,7 +137,7 @@ def test_record_follows_one_to_two_spans_later_and_a_new_key_takes_its_hosts():
     assert host() == pytest.approx(math.log1p(50), abs=0.01)
     step(alarms, 1901, [(INTERNAL, PEER, 81, 1, 1, 1)])
     row = alarms.memory.services.arrays
-    assert row["past"][1, an.COLUMN[an.BURST], levels.RECORD] == host()
+    assert row["past"][1, an.COLUMN[an.BURST], records.RECORD] == host()
 
 
 def test_where_others_send_as_much_it_is_no_news_and_it_is_no_licence_to_send_it_elsewhere() -> None:
@@ -150,7 +150,7 @@ def test_where_others_send_as_much_it_is_no_news_and_it_is_no_licence_to_send_it
         levels.key_hashes(c.hosts.hash[c.src], c.hosts.hash[c.dst], np.ascontiguousarray(c.service), keys)
         pairs = alarms.memory.pairs
         cell, past = (pairs.arrays[f][int(pairs.table.find(keys[1])[0]), an.COLUMN[an.DRIP]] for f in ("cells", "past"))
-        return float(np.log1p(cell[levels.LEVEL]) - past[levels.RECORD] + alarms._fade * alarms._now)
+        return float(np.log1p(cell[records.LEVEL]) - past[records.RECORD] + alarms._fade * alarms._now)
 
     for k in range(72):  # a day in which four hosts send the cloud 5 MB each now and then
         step(alarms, 1200.0 * k + 10, [(f"10.0.0.{k % 4 + 1}", cloud, 443, 1, 5_000_000, 1_000)])
@@ -165,11 +165,11 @@ def test_where_others_send_as_much_it_is_no_news_and_it_is_no_licence_to_send_it
 
 def test_a_young_hosts_spans_double_from_a_block_to_full_length() -> None:
     step_s, span = 900.0, 4 * 3600.0
-    ends = [levels.span_end(float(n), step_s, span) for n in range(7)]
+    ends = [records.span_end(float(n), step_s, span) for n in range(7)]
     assert ends == [900, 1800, 3600, 7200, 14_400, 28_800, 43_200]
     for n, (begin, end) in enumerate(zip([0.0, *ends], ends, strict=False)):
-        assert levels.span_of(begin, step_s, span) == levels.span_of(end - 1.0, step_s, span) == n
-    assert [levels.span_end(float(n), 900.0, 900.0) for n in range(3)] == [900, 1800, 2700]
+        assert records.span_of(begin, step_s, span) == records.span_of(end - 1.0, step_s, span) == n
+    assert [records.span_end(float(n), 900.0, 900.0) for n in range(3)] == [900, 1800, 2700]
 
 
 def test_steady_traffic_of_a_new_host_is_no_news_however_long_a_level_remembers() -> None:
@@ -181,9 +181,9 @@ def test_steady_traffic_of_a_new_host_is_no_news_however_long_a_level_remembers(
         age = 60.0 * minute
         if age < 2 * 900:
             continue
-        x = np.log1p(cell[levels.LEVEL])
-        record = past[levels.RECORD] - alarms._fade * alarms._now
-        worst = max(worst, x - record - levels.growth(age, 900.0, an.TAU[an.FLOOD], 3600.0))
+        x = np.log1p(cell[records.LEVEL])
+        record = past[records.RECORD] - alarms._fade * alarms._now
+        worst = max(worst, x - record - records.growth(age, 900.0, an.TAU[an.FLOOD], 3600.0))
     assert worst < 0.25
 
 

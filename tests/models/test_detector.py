@@ -10,7 +10,7 @@ import pytest
 
 from flowsage.graph.flows import FlowBatch
 from flowsage.models.detector import ClosedWindows, Detector, DetectorConfig
-from flowsage.models.meeting import MeetingConfig
+from flowsage.models.meeting_config import MeetingConfig
 from tests.graph.generate import power_law
 
 WINDOW_NS = 60 * 10**9

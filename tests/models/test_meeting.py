@@ -13,7 +13,8 @@ from flowsage.graph.build import Contacts
 from flowsage.graph.flows import HostTable, hash_names
 from flowsage.models import signatures
 from flowsage.models.decoder import service_codes
-from flowsage.models.meeting import MeetingConfig, MeetingPrior
+from flowsage.models.meeting import MeetingPrior
+from flowsage.models.meeting_config import MeetingConfig
 from flowsage.models.memory import MeetingMemory
 from flowsage.models.neighbours import FROM, TO, NeighbourSlots
 from flowsage.models.network import Network, popularity_of
@@ -186,13 +187,12 @@ def test_evidence_counts_the_candidates_that_are_less_likely() -> None:
     assert usual.less_likely == usual.candidates - 1
     assert usual.p > 0.5
     assert usual.p == pytest.approx(usual.popular)
-    assert "tcp/445" in usual.sentence
+    assert usual.service == "tcp/445"
     assert odd.rank > 1
     assert odd.tail < usual.tail
     never = prior.evidence(seen[41], 12345, SMB)
     assert never is not None
     assert never.never_seen
-    assert "never seen before" in never.sentence
 
 
 def test_what_is_implausible_is_hardly_learnt() -> None:
