@@ -49,13 +49,15 @@ class Manifest:
     """What `config.json` says.
 
     schema: what must be the same where the model is used (`schema_of`). trained: what it was made of: flows, windows,
-    hosts, first_ns and until_ns (event time; Unix ns), and whatever training adds.
+    hosts, first_ns and until_ns (event time; Unix ns), and whatever training adds. digest: of all this, and by the
+    checksums of the files of what is in them; two directories that have the same hold the same model.
     """
 
     schema: dict[str, Any]
     trained: dict[str, Any]
     files: dict[str, dict[str, Any]]
     state: dict[str, Any]
+    digest: str
 
     @property
     def until_ns(self) -> int:
@@ -137,7 +139,7 @@ def _write(folder: Path, detector: Detector, trained: dict[str, Any]) -> Manifes
     }  # fmt: skip
     body["sha256"] = _digest(body)
     (folder / CONFIG).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    return Manifest(body["schema"], trained, files, values)
+    return Manifest(body["schema"], trained, files, values, body["sha256"])
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -282,7 +284,7 @@ class _Folder:
                 )
             if body["sha256"] != _digest(body):
                 raise ModelError(f"{self.path / CONFIG} does not match its checksum; restore the file, or train anew")
-            return Manifest(body["schema"], body["trained"], body["files"], body["state"])
+            return Manifest(body["schema"], body["trained"], body["files"], body["state"], body["sha256"])
         except (ValueError, KeyError, TypeError) as e:
             raise ModelError(f"{self.path / CONFIG} is damaged; restore the file, or train anew") from e
 

@@ -33,7 +33,7 @@ from flowsage.pipelines.outcome import DeadLetter, Outcome, Progress
 from flowsage.pipelines.scorer import Scorer, detector_config
 from flowsage.pipelines.sources import READ
 
-VERSION = 1
+VERSION = 2
 BOOTS = 8
 """Boots of a sensor whose sequences are remembered: a spool holds no more than a few."""
 
@@ -260,6 +260,7 @@ class Site:
             "version": VERSION, "fingerprint": fingerprint(self.settings), "detector": detector,
             "buffer": self.scorer.buffer.state(), "position": self.position, "pane_ns": self.pane_ns,
             "known_until_ns": self.scorer.known_until_ns,
+            "model": None if self.scorer.model is None else self.scorer.model.digest,
             "pane": self._pane, "now_ns": self._now_ns, "seen": copy.deepcopy(self._seen),
             "counters": asdict(self.counters), "scorer": asdict(self.scorer.counters),
             "raised": dict(self.scorer.raised), "looked_at": self._looked_at,
@@ -282,8 +283,8 @@ class Site:
             raise ConfigurationError(f"it has version {values.get('version')}, this program reads {VERSION}")
         if different := different_settings(values["fingerprint"], fingerprint(settings)):
             raise ConfigurationError(
-                f"it was learnt under other settings ({different}): set them as they were to go on from it (a model "
-                "directory that has moved: link its old path to it), or name another --state to begin anew"
+                f"it was learnt under other settings ({different}): set them as they were to go on from it, or name "
+                "another --state to begin anew"
             )
         try:
             detector = Detector.restore(detector_config(settings), arrays, values["detector"])
@@ -297,6 +298,8 @@ class Site:
         self.scorer.buffer.restore(values["buffer"])
         self.position, self.pane_ns, self._pane = values["position"], values["pane_ns"], values["pane"]
         self.windows_ns, self.scorer.known_until_ns = self.pane_ns, values["known_until_ns"]
+        if self.scorer.model is not None:
+            self.scorer.model.go_on_from(values["model"])
         self._now_ns, self._seen, self._looked_at = values["now_ns"], values["seen"], tuple(values["looked_at"])
         self.counters = SiteCounters(**values["counters"])
         self.scorer.counters = type(self.scorer.counters)(**values["scorer"])
@@ -325,10 +328,10 @@ def read_columns(value: bytes) -> pa.Table:
 
 
 def fingerprint(settings: Settings) -> dict[str, str]:
-    """The settings under which a state has its meaning."""
+    """The settings under which a state has its meaning. Which model it began with, `ModelDirectory.digest` says."""
     windows, model, alarms = settings.windows, settings.model, settings.alarms
     values = {f"windows.{k}": getattr(windows, k) for k in ("window", "pane", "lateness")}
-    values |= {f"model.{k}": v for k, v in model.model_dump().items() if k != "threads"}
+    values |= {f"model.{k}": v for k, v in model.model_dump().items() if k not in ("threads", "directory")}
     values |= {f"alarms.{k}": getattr(alarms, k) for k in ("block", "time_scale", "internal")}
     return {k: json.dumps(v, default=str) for k, v in values.items()}
 

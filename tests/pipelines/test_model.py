@@ -141,7 +141,7 @@ def test_a_new_model_is_taken_in_between_panes_and_findings_that_are_open_stay_o
 
 
 def test_a_new_model_that_cannot_be_used_leaves_the_old_one_at_work(
-    flows: Path, model: Path, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    flows: Path, early: Path, model: Path, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "model"
     shutil.copytree(model, path)
@@ -149,7 +149,7 @@ def test_a_new_model_that_cannot_be_used_leaves_the_old_one_at_work(
     before, panes = run.scorer.detector, steps(flows, settings)
     run.step(panes[0])
     damaged = tmp_path / "damaged"
-    shutil.copytree(model, damaged)
+    train((early,), damaged, settings, TrainSettings(steps=1))
     with (damaged / "history.safetensors").open("r+b") as file:
         file.truncate(1000)
     shutil.rmtree(path)
@@ -173,13 +173,29 @@ def test_a_model_from_the_future_waits_until_the_stream_has_passed_it(
     run = Run(settings)
     watching = Run(with_model(settings, model)).scorer.model
     assert watching is not None
-    watching._stamp = None
+    watching.go_on_from(None)
     assert watching.renewed(MIDDLE - 1, None) is None
     read(watching)
     assert watching.renewed(MIDDLE - 1, None) is None
     assert watching.renewed(MIDDLE, MIDDLE - 1) is None, "its last window is still open here"
     assert watching.renewed(MIDDLE, MIDDLE) is not None
     assert run.scorer.model is None
+
+
+def test_the_same_model_put_there_again_is_no_new_one(model: Path, settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(model, path)
+    watching = Run(with_model(settings, path)).scorer.model
+    assert watching is not None
+    before = watching._stamp
+    shutil.copytree(model, tmp_path / "copy", copy_function=shutil.copy)
+    shutil.rmtree(path)
+    os.rename(tmp_path / "copy", path)
+    assert watching.renewed(MIDDLE, MIDDLE) is None
+    assert watching._stamp != before
+    read(watching)
+    assert watching.renewed(MIDDLE, MIDDLE) is None
+    assert (watching.loads, watching.refused) == (1, 0)
 
 
 def test_the_command_refuses_another_schema_and_starts_warm_from_its_own(

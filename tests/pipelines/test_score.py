@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 
 from flowsage.collector.errors import ConfigurationError
 from flowsage.collector.sink import serialise
+from flowsage.models import artifact
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.embeddings import embedding_records
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
+from flowsage.pipelines.model import ModelDirectory
 from flowsage.pipelines.outcome import Progress
 from flowsage.pipelines.score import Scoring
 from flowsage.pipelines.site import Site
@@ -61,7 +64,8 @@ def balanced(site: Site) -> bool:
     c, flows, windows = site.counters, site.scorer.counters, site.scorer.buffer
     return (
         c.consumed == c.taken + c.duplicates + c.dead
-        and flows.consumed == flows.scored + windows.counters.late + windows.counters.future + windows.open_flows()
+        and flows.consumed
+        == flows.scored + flows.known + windows.counters.late + windows.counters.future + windows.open_flows()
     )
 
 
@@ -462,6 +466,57 @@ def test_a_torn_or_foreign_snapshot_is_refused_by_name_and_the_one_before_it_use
     assert any("name another --state to begin anew" in r.message for r in caplog.records)
     assert f"goes on from the snapshot at offset {int(files[-6].stem)}" in told[0]
     scoring.close()
+
+
+def model_of(path: Path, batches: list[Batch]) -> Path:
+    """A model directory that has learnt from these."""
+    log, clock = memory()
+    publish(log, batches, clock)
+    learnt = site(run(log, settings())).scorer
+    trained = {"flows": 1, "hosts": 1, "windows": 1, "first_ns": 0, "until_ns": learnt.buffer.closed_until_ns}
+    artifact.save(path, learnt.detector, trained=trained)
+    return path
+
+
+def test_a_model_directory_that_has_moved_is_the_same_and_another_is_taken_in_where_the_snapshot_goes_on(
+    tmp_path: Path, batches: list[Batch]
+) -> None:
+    old, moved = model_of(tmp_path / "old", batches[:80]), tmp_path / "elsewhere" / "moved"
+    other = model_of(tmp_path / "other", batches[:100])
+    scored = []
+    for directory in (old, moved, other):
+        log, clock = memory()
+        log.consumer("keeps it all", FLOWS)
+        store = SnapshotStore(str(tmp_path / f"state {directory.name}"))
+        publish(log, batches[:200], clock)
+        kill(run(log, settings(score=SNAPSHOTS, model={"directory": str(old)}), store))
+        if directory == moved:
+            shutil.copytree(old, moved)
+            shutil.rmtree(old)
+        config, told = settings(score=SNAPSHOTS, model={"directory": str(directory)}), list[str]()
+        scoring = Scoring(config, log, store=store, say=told.append)
+        scoring.turn(0.0)
+        assert "goes on from the snapshot" in told[0]
+        model = site(scoring).scorer.model
+        assert model is not None
+        wait_for_model(model)
+        publish(log, batches[200:], clock)
+        while scoring.turn(0.0):
+            pass
+        assert model.loads == (directory == other)
+        assert model.digest == artifact.read_manifest(directory).digest
+        assert balanced(site(scoring))
+        scoring.close()
+        scored.append(findings(log))
+        if directory == moved:
+            moved.rename(old)
+    assert scored[0]
+    assert scored[1] == scored[0] != scored[2]
+
+
+def wait_for_model(model: ModelDirectory) -> None:
+    if model._loading is not None:
+        model._loading.exception(60)
 
 
 def store_digest(path: Path, body: dict[str, object]) -> None:
