@@ -92,7 +92,7 @@ class MeetingPrior:
         return len(self.memory.hosts) if self._view is None else self.config.refreshed
 
     @property
-    def _speaks(self) -> bool:
+    def speaks(self) -> bool:
         """Whether answers are of use yet, be it only to weigh the graph against popularity."""
         return self.network.steps > 0 or self.waiting is None
 
@@ -154,7 +154,7 @@ class MeetingPrior:
         self._meetings_since += len(met.contact)
         due = max(c.step_meetings, c.step_share * self.memory.replay.newest)
         trained = c.graph and self._meetings_since >= due and self._train()
-        if self._speaks:
+        if self.speaks:
             self._refresh(trained)
 
     def _remember(
@@ -183,7 +183,10 @@ class MeetingPrior:
                 self._view.compact(moved)
 
     def embeddings(self, hosts: UInt64) -> Float32:
-        """Embeddings f32[n, d] of host hashes u64[n], from what is remembered of them; NaN for hosts never seen."""
+        """Embeddings f32[n, d] of host hashes u64[n], from what is remembered of them; NaN for hosts never seen, and
+        for all before it `speaks`."""
+        if not self.speaks:
+            return np.full((len(hosts), self.network.encoder.config.embedding), np.nan, np.float32)
         slots = self.memory.hosts.find(hosts)
         found: Float32 = self._current().embedding[torch.from_numpy(slots.astype(np.int64) + 1)].numpy()
         found[slots < 0] = np.nan
@@ -280,7 +283,7 @@ class MeetingPrior:
             if all(getattr(asked, k) is getattr(contacts, k) for k in _ASKED) and np.array_equal(of, first):
                 return met
         met = first_meetings(self.memory, contacts, first)
-        if len(met.contact) and self._speaks:
+        if len(met.contact) and self.speaks:
             self._ask(met)
         self._asked = (contacts, first, met)
         return met

@@ -17,8 +17,10 @@ SCHEMA_VERSION = 1
 def embeddings_of(closed: ClosedWindows, prior: MeetingPrior, window_ns: int) -> Iterator[pa.RecordBatch]:
     """A batch a window of the run: window_start_ns, host, embedding f32[d], of every host that was in it.
 
-    Embeddings are as of the end of the run, from what is remembered of a host.
+    Embeddings are as of the end of the run, from what is remembered of a host. None before the graph has learnt.
     """
+    if not prior.speaks:
+        return
     contacts, hosts = closed.contacts, closed.flows.hosts
     for k, window in enumerate(contacts.windows.tolist()):
         part = slice(int(contacts.offsets[k]), int(contacts.offsets[k + 1]))

@@ -244,6 +244,22 @@ def test_embeddings_are_inductive_and_unknown_hosts_have_none() -> None:
     np.testing.assert_allclose(inside[:5, :48], found[:5, :48], rtol=1e-4, atol=1e-5)
 
 
+def test_whoever_asks_early_for_embeddings_gets_none_and_changes_nothing() -> None:
+    world = small()
+    prior, unasked = MeetingPrior(eager()), MeetingPrior(eager())
+    spoke = 0
+    for part in world.each_window():
+        contacts, first = world.contacts(part.start, part.stop), world.first[part]
+        for each in (prior, unasked):
+            each.learn(contacts, first)
+        found = prior.embeddings(contacts.hosts.hash[np.unique(np.concatenate([contacts.src, contacts.dst]))])
+        assert (np.isfinite(found) == prior.speaks).all()
+        spoke += prior.speaks
+        asked = prior.tail(contacts, first), unasked.tail(contacts, first)
+        assert np.array_equal(*asked, equal_nan=True)
+    assert 1 < spoke < world.windows
+
+
 def test_neighbour_slots_keep_a_fair_sample_of_the_past() -> None:
     slots, inside = NeighbourSlots(16, 4, seed=3), np.ones(1001, np.bool_)
     slots.ensure(1001)

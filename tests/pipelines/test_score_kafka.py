@@ -24,14 +24,15 @@ from flowsage.pipelines.outcome import Progress
 from flowsage.pipelines.score import Scoring
 from flowsage.pipelines.state import SnapshotStore
 from flowsage.pipelines.subscription import SEVERITIES, Subscription
-from flowsage.pipelines.topics import anomalies_topic, dlq_topic, flows_topic, look_after, topics
+from flowsage.pipelines.topics import anomalies_topic, dlq_topic, embeddings_topic, flows_topic, look_after, topics
 from flowsage.pipelines.watch import since_of
 from tests.broker import Broker
 from tests.pipelines.flow_stream import START, Batch, memory, publish, read_all, settings, stream
 from tests.pipelines.test_score import balanced, poison, site
 
 GROUP = "flowsage-scorer"
-LIVES = 20
+LIVES, GRAPH_LIVES = 20, 8
+"""A scorer with the graph takes longer to start."""
 
 
 def configuration(broker: Broker, prefix: str, **sections: dict[str, object]) -> Settings:
@@ -182,21 +183,20 @@ def unfinished(folder: Path) -> set[str]:
     return {name for name in names(folder) if name.startswith(".writing-")}
 
 
-def test_a_scorer_that_is_killed_twenty_times_leaves_the_findings_of_one_that_is_not(
-    broker: Broker, log: KafkaLog, tmp_path: Path, batches: list[Batch], undisturbed: list[bytes | None]
-) -> None:
-    rng = random.Random(20)
-    state = tmp_path / "state"
-    config = configuration(broker, "killed", score={"state": str(state), "snapshot_interval": "1s"})
-    make_topics(config.kafka)
-    snapshots = state / GROUP / flows_topic("killed") / "0"
+def kill_and_restart(
+    config: Settings, log: KafkaLog, folder: Path, batches: list[Batch], lives: int
+) -> tuple[int, int]:
+    """So many scorers killed one after another, at moments of four kinds, while batches come; the last one ends as it
+    should. Returns how many died while they wrote a snapshot, and how many went on from one."""
+    rng, prefix = random.Random(20), config.kafka.prefix
+    snapshots = Path(config.score.state) / GROUP / flows_topic(prefix) / "0"
     left, torn, restored = list(batches), 0, 0
-    for life in range(LIVES):
-        count = -(-len(left) // (LIVES - life))
-        publish(log, left[:count], prefix="killed")
+    for life in range(lives):
+        count = -(-len(left) // (lives - life))
+        publish(log, left[:count], prefix=prefix)
         left = left[count:]
         before = names(snapshots)
-        process = Process(config, tmp_path)
+        process = Process(config, folder)
         moment = ("written", "writing", "reading", "any")[life % 4]
         if moment == "any":
             time.sleep(rng.uniform(0.0, 2.0))
@@ -217,12 +217,44 @@ def test_a_scorer_that_is_killed_twenty_times_leaves_the_findings_of_one_that_is
         process.kill()
         torn += bool(unfinished(snapshots) - before)
         restored += process.says("goes on from the snapshot")
-    process = Process(config, tmp_path)
-    process.wait(lambda: out_until(log, "killed") >= log.end_offsets(flows_topic("killed"))[0])
+    process = Process(config, folder)
+    process.wait(lambda: out_until(log, prefix) >= log.end_offsets(flows_topic(prefix))[0])
     assert process.stop() == 0
+    return torn, restored
+
+
+def test_a_scorer_that_is_killed_twenty_times_leaves_the_findings_of_one_that_is_not(
+    broker: Broker, log: KafkaLog, tmp_path: Path, batches: list[Batch], undisturbed: list[bytes | None]
+) -> None:
+    config = configuration(broker, "killed", score={"state": str(tmp_path / "state"), "snapshot_interval": "1s"})
+    make_topics(config.kafka)
+    torn, restored = kill_and_restart(config, log, tmp_path, batches, LIVES)
     assert values(broker, anomalies_topic("killed")) == undisturbed
     assert torn >= 1
     assert restored >= 5
+
+
+def test_with_the_graph_too_a_scorer_that_is_killed_leaves_findings_and_embeddings_of_one_that_is_not(
+    broker: Broker, log: KafkaLog, tmp_path: Path, batches: list[Batch]
+) -> None:
+    model: dict[str, object] = {"prior": "sage2-sketches", "ready_windows": 3, "ready_meetings": 10, "ready_steps": 1}
+    score: dict[str, object] = {"snapshot_interval": "1s", "embeddings": True}
+    here, clock = memory()
+    publish(here, batches, clock)
+    # Who saves embeds everybody anew, so he who is not disturbed saves too.
+    alone = Scoring(settings(model=model, score=score), here, store=SnapshotStore(str(tmp_path / "alone")))
+    while alone.turn(0.0):
+        pass
+    alone.close()
+    config = configuration(broker, "graph", model=model, score=score | {"state": str(tmp_path / "state")})
+    make_topics(config.kafka)
+    torn, restored = kill_and_restart(config, log, tmp_path, batches, GRAPH_LIVES)
+    for topic in (anomalies_topic, embeddings_topic):
+        expected = [value for _, value, _ in read_all(here, topic("flowsage"))]
+        assert len(expected) >= 5
+        assert values(broker, topic("graph")) == expected
+    assert torn >= 1
+    assert restored >= 3
 
 
 def test_a_zombie_that_wakes_up_is_fenced_and_joins_again(
