@@ -40,6 +40,7 @@ from flowsage.models.keys import AHEAD
 from flowsage.models.load import cold, load
 from flowsage.models.terms import (
     B_S,
+    B_SELF,
     B_SS,
     B_SVC,
     C_E,
@@ -47,6 +48,7 @@ from flowsage.models.terms import (
     C_SS,
     DC,
     F_0,
+    F_1,
     F_O,
     F_S,
     F_SS,
@@ -138,7 +140,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     its first). loads: what `load` knows, of slots of o and of all. pool f8[3]: sum of x over all rows of s so far, and
     their number; services so far. ranks i64[64],
     svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. weights
-    f8[16]. Out: sums f8[v, 4] (`contact_sums`), terms f8[16, v] (`TERMS`) unless it has no columns, before f8[c]:
+    f8[18]. Out: sums f8[v, 4] (`contact_sums`), terms f8[18, v] (`TERMS`) unless it has no columns, before f8[c]:
     earlier windows of es (forward way).
 
     With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
@@ -152,6 +154,8 @@ def familiarity(  # type: ignore[no-untyped-def]
                  windows of s
     C_es         [es new] `new_child` of ss's tokens (es, window); without ports instead C_e, the same of e under s
     F_0          (60/(60 + E))² (max(0, F_ss) + max(0, F_s)/2), if it has a weight
+    F_1          −F_s as long as neither protocol nor port was ever known (F_ss is the same then), if it has a weight
+    B_self       [s = t] `active`, n windows of e
     D            active(answered windows of o) + `new_child` of o's answered tokens (es, window)
     dc           [es new] `meeting_rank` of D; a (source, window) leaves one token: its largest D among answered first
                  meetings
@@ -346,7 +350,8 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, B_S] = s_t[s, 0]
                 line[way, B_SS] = ss_n[ss, 0]
                 line[way, K_SS] = ss_n[ss, 1]
-                line[way, B_SVC] = svc_n[svc, 2] if run.service[c] != 0 or pool[2] > 1.0 else 0.0
+                served = run.service[c] != 0 or pool[2] > 1.0
+                line[way, B_SVC] = svc_n[svc, 2] if served else 0.0
                 line[way, F_S] = s_t[s, 1]
                 line[way, F_SS] = ss_n[ss, 2]
                 line[way, C_SS] = ss_n[ss, 3]
@@ -358,6 +363,9 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, N_O] = o_l[o_rows.row[v], 1]
                 line[way, G_O] = o_l[o_rows.row[v], 2]
                 line[way, F_0] = worth * (max(0.0, ss_n[ss, 2]) + 0.5 * max(0.0, s_t[s, 1]))
+                line[way, F_1] = 0.0 if served or weights[F_1] == 0.0 else -s_t[s, 1]
+                own = run.src[c] == run.dst[c]
+                line[way, B_SELF] = log_now - math.log(e_n[e_rows.row[v], 0] + 0.5) if own else 0.0
                 line[way, D] = o_n[o_rows.row[v], 2]
                 if way == 0:
                     before[c] = es_n[es, 1]

@@ -13,19 +13,21 @@ from flowsage.models.terms import BEST, CAPPED, FREE
 from flowsage.models.weights import CONSTANTS
 
 _ABOVE, _BEACON_FLOOR, _BEACON_SCALE = CONSTANTS.regular_above, CONSTANTS.beacon_floor, CONSTANTS.beacon_scale
-W_V_REV, W_V_FWD, W_T, W_FAIL = range(4)
+W_V_REV, W_V_FWD, W_T, W_FAIL, W_B_ES = range(5)
 
 
 @numba.njit(cache=True, nogil=True)
 def score(  # type: ignore[no-untyped-def]
-    run, answered, told, failed, s_rows, e_rows, sums, v_rev, v_fwd, llr, z, zc, weights,
+    run, seen, before, answered, told, failed, s_rows, e_rows, sums, v_rev, v_fwd, llr, z, zc, weights,
     pair_score, pair_source, highest, flow_score, beacon_score, host, host_window, host_score,
 ):  # fmt: skip
-    """flow_score = max(S, 4(Zc − 4)), beacon_score = Z + Zc, both f8[n] (undirected: mean of both ways); and of each
-    row of s its host i32, window i64 and score f8: ln Σ over distinct targets exp(highest flow_score).
+    """flow_score = max(S, 4 min(Zc − 4, B_es)), beacon_score = Z + Zc, both f8[n] (undirected: mean of both ways); and
+    of each row of s its host i32, window i64 and score f8: ln Σ over distinct targets exp(highest flow_score).
+
+    B_es = −ln((n + ½)/(E + 1)): n of `before` f8[c], the earlier windows of es, E of `seen`, those before this chunk.
 
     S = `FREE`, or `CAPPED` where the flow is answered and that is known, + ½V_rev + ½V_fwd + ¼T + 1½[failed], with
-    T = ln(1 + max(0, LLR − 10)/10); weights f8[4]. Scratch: pair_score f8, pair_source i32 by row of e, highest f8 by
+    T = ln(1 + max(0, LLR − 10)/10); weights f8[5]. Scratch: pair_score f8, pair_source i32 by row of e, highest f8 by
     row of s.
     """
     ways = run.ways
@@ -51,7 +53,8 @@ def score(  # type: ignore[no-untyped-def]
                 if llr[j] > 0.0:  # without any, neither Z nor Zc: their zeros need not be read
                     beacon += z[j] + zc[j]
                     if zc[j] > _BEACON_FLOOR:
-                        value = max(value, _BEACON_SCALE * (zc[j] - _BEACON_FLOOR))
+                        unusual = math.log((seen + w + 1.0) / (before[first // ways] + 0.5))
+                        value = max(value, _BEACON_SCALE * min(zc[j] - _BEACON_FLOOR, weights[W_B_ES] * unusual))
                 total += value
             flow_score[i] = total / ways
             beacon_score[i] = beacon / ways

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from flowsage.models.history import History, HistoryConfig
 from flowsage.models.history_scores import HistoryScores
 from flowsage.models.terms import C_SS
 from flowsage.models.volume import log_tail
+from flowsage.models.weights import CONSTANTS, WEIGHTS
 
 MINUTE = 60_000_000_000
 UNDIRECTED = HistoryConfig(undirected=True)
@@ -250,6 +252,46 @@ def test_the_first_windows_terms_are_those_done_by_hand() -> None:
     weights |= {"F_0": 1}
     expected = sum(w * terms[name] for name, w in weights.items()) + 1.5 * terms["fail"]
     assert terms["history"] == pytest.approx(expected)
+
+
+def test_a_beat_counts_no_more_than_its_pair_is_unusual() -> None:
+    table = traffic(6, minutes=90)
+    flows = from_table(table)
+    run = contacts(flows, MINUTE)
+    scores = whole(table)[0]
+    earlier = np.repeat(np.arange(len(run.windows)), np.diff(run.flow_offsets))
+    unusual = np.log((earlier + 1) / (scores.known[run.of_flow] + 0.5))
+    beyond = scores.terms["Zc"] - CONSTANTS.beacon_floor
+    limited, always = (np.maximum(scores.terms["history"], 4 * x) for x in (np.minimum(beyond, unusual), beyond))
+    np.testing.assert_allclose(scores.flow_score, limited, atol=1e-9)
+    unlimited = whole(table, HistoryConfig(weights=replace(WEIGHTS, B_es=math.inf)))[0].flow_score
+    np.testing.assert_allclose(unlimited, always, atol=1e-9)
+    # Both beats are as old as the stream.
+    assert (limited < always - 1).sum() > 50
+    assert (limited > scores.terms["history"]).any()
+
+
+def test_where_there_are_no_services_a_burst_counts_once() -> None:
+    table = traffic(6, minutes=8)
+    bare = table.select(["start_ns", "src_ip", "dst_ip"])
+    for known, terms in ((True, whole(table)[0].terms), (False, whole(bare)[0].terms)):
+        assert np.abs(terms["F_s"]).max() > 0.3
+        np.testing.assert_array_equal(terms["F_1"], 0.0 if known else -terms["F_s"])
+    np.testing.assert_allclose(terms["F_s"], terms["F_ss"], atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [HistoryConfig(), UNDIRECTED])
+def test_who_sends_to_itself_is_unusual_unless_it_always_does(config: HistoryConfig) -> None:
+    rows = [{"start_ns": k * MINUTE, "src_ip": "lo", "dst_ip": "lo"} for k in range(30)]
+    rows += [{"start_ns": k * MINUTE + 1, "src_ip": "a", "dst_ip": "b"} for k in range(30)]
+    rows += [{"start_ns": k * MINUTE + 2, "src_ip": "a", "dst_ip": "a"} for k in (20, 25)]
+    rows.sort(key=lambda row: int(row["start_ns"]))
+    terms = whole(flow_table(rows), config)[0].terms
+    own, src = terms["B_self"], np.array([row["src_ip"] for row in rows])
+    itself = np.array([row["src_ip"] == row["dst_ip"] for row in rows])
+    assert not own[~itself].any()
+    assert own[src == "lo"] == pytest.approx([math.log((k + 1) / (k + 0.5)) for k in range(30)])
+    assert own[(src == "a") & itself] == pytest.approx([math.log(21 / 0.5), math.log(26 / 1.5)])
 
 
 def test_a_hosts_window_sums_over_peers_the_highest_flow_of_each() -> None:

@@ -1,6 +1,7 @@
 """History against the reference program and the measured table, on the labelled flow files."""
 
 import importlib.util
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from flowsage.models.history import History, HistoryConfig, HistoryScores
 from flowsage.models.weights import WEIGHTS
 
 MINUTE = 60_000_000_000
-BEYOND = {"F_o", "N_o", "G_o", "F_0"}
+BEYOND = {"F_o", "N_o", "G_o", "F_0", "F_1", "B_self"}
 """Terms that the reference has not."""
-REFERENCE = replace(WEIGHTS, **dict.fromkeys(BEYOND, 0.0), V_fwd=0.5)
+REFERENCE = replace(WEIGHTS, **dict.fromkeys(BEYOND, 0.0), C_e=0.25, V_fwd=0.5, B_es=math.inf)
 """The weights that it has."""
 
 
@@ -91,10 +92,10 @@ def test_every_term_and_score_equals_the_reference(
     ("name", "undirected", "flow", "host"),
     [
         ("ctu_sme11", False, (0.999, 0.995), (0.998, 0.938)),
-        ("dapt2020", False, (0.969, 0.921), (0.851, 0.272)),
-        ("iot23_34_1", False, (0.993, 1.0), (0.984, 1.0)),
-        ("ctu50_sensors", False, (0.981, 0.978), (0.969, 0.992)),
-        ("westermo", True, (0.971, 0.945), (0.925, 0.807)),
+        ("dapt2020", False, (0.969, 0.921), (0.871, 0.278)),
+        ("iot23_34_1", False, (0.993, 1.0), (0.986, 1.0)),
+        ("ctu50_sensors", False, (0.986, 0.982), (0.985, 0.995)),
+        ("westermo", True, (0.970, 0.945), (0.920, 0.811)),
     ],
 )
 def test_the_measured_table_is_reached_on_the_small_files(
