@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +15,9 @@ Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+_MOVED = 1 << 14
+"""Rows that are moved at once when slots are compacted."""
 
 
 def _room(count: int) -> int:
@@ -61,7 +65,10 @@ class Columns:
             array = self[name]
             if size < len(array):  # what was a flood is given back
                 self._arrays[name] = np.empty((size, *array.shape[1:]), array.dtype)
-            self._arrays[name][: len(kept)] = array[kept]
+            # A piece at a time, in place: no row comes from before its place.
+            for begin in range(0, len(kept), _MOVED):
+                rows = kept[begin : begin + _MOVED]
+                self._arrays[name][begin : begin + len(rows)] = array[rows]
             self._arrays[name][len(kept) : self._filled] = fill
         self._filled = min(self._filled, len(next(iter(self._arrays.values()))))
 
@@ -77,7 +84,13 @@ class Columns:
             self._arrays[name][: len(saved)] = saved
 
 
-def follow(slots: Array, remap: Int32) -> None:
-    """Rewrite `slots` (-1: none) in place to where `remap` sent them."""
-    known = slots >= 0
-    slots[known] = remap[slots[known]]
+def follow(slots: Int32, remap: Int32) -> None:
+    """Rewrite `slots` (-1: none) in place to where `remap` sent them. More than one dimension has to be contiguous."""
+    _follow(slots.reshape(-1), remap)
+
+
+@numba.njit(cache=True, nogil=True)
+def _follow(slots: Int32, remap: Int32) -> None:
+    for i in range(len(slots)):
+        if slots[i] >= 0:
+            slots[i] = remap[slots[i]]
