@@ -152,6 +152,7 @@ class MeetingPrior:
             self._everybody = None
         self.windows += 1
         self._meetings_since += len(met.contact)
+        del met, gate  # of a flood they are large, and a view may be made now
         due = max(c.step_meetings, c.step_share * self.memory.replay.newest)
         trained = c.graph and self._meetings_since >= due and self._train()
         if self.speaks:

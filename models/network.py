@@ -37,11 +37,13 @@ class View:
         self._network, self._memory = network, memory
         self.hosts = hosts = len(memory.hosts)
         graph = memory.graph(np.arange(hosts, dtype=np.int32), blank=True)
-        self.embedding = network.encoder.encode(graph.x, graph.into, graph.out_of).roll(1, 0)
+        self.embedding = _last_first(network.encoder.encode(graph.x, graph.into, graph.out_of))
         self.sketch: Tensor | None = None
         if network.decoder.overlaps:
             own = torch.cat([own_signs(memory, None), torch.zeros(1, signatures.WIDTH)])
-            self.sketch = signatures.sketch(own, torch.arange(hosts + 1), None, *graph.sketched).roll(1, 0)
+            self.sketch = _last_first(signatures.sketch(own, torch.arange(hosts + 1), None, *graph.sketched))
+            del own
+        del graph  # as large as what was made of it
         self.peers = network.decoder.targets(self.embedding, self.sketch)
         self.plain = network.decoder.plain()
         """The decoder's weights, for `Network.sources`."""
@@ -92,6 +94,16 @@ class View:
             fresh = self._memory.hosts.columns["hash"][self.hosts : hosts]
             self.sketch[self.hosts + 1 : hosts + 1, : signatures.WIDTH] = signatures.signs(fresh)
         self.hosts = hosts
+
+
+def _last_first(table: Tensor) -> Tensor:
+    """`table.roll(1, 0)`, in place, a piece at a time."""
+    last = table[-1].clone()
+    for end in range(len(table), 1, -_MOVED):
+        begin = max(1, end - _MOVED)
+        table[begin:end] = table[begin - 1 : end - 1].clone()
+    table[0] = last
+    return table
 
 
 def own_signs(memory: MeetingMemory, known: Tensor | None) -> Tensor:
