@@ -91,7 +91,7 @@ class Outputs(NamedTuple):
     def empty(cls, c: int, n: int, ways: int, *, terms: bool) -> Outputs:
         """Room for a run, with or without the terms of contacts.
 
-        Zeros where only what is not zero gets written; np.zeros where that is rare, so that most of it is never
+        Zeros where only what is not zero gets written; sparse ones where that is rare, so that most of it is never
         touched, and takes no memory. Volumes that nobody asks for are where the scores will be, which are made of them
         flow by flow.
         """
@@ -100,7 +100,7 @@ class Outputs(NamedTuple):
         flow_score, beacon_score = v_rev, v_fwd
         if terms or ways > 1:
             flow_score, beacon_score = (memory.empty(n, np.float64) for _ in range(2))
-        llr, z, zc = (np.zeros(n * ways) for _ in range(3))
+        llr, z, zc = (memory.sparse(n * ways, np.float64) for _ in range(3))
         return cls(known, lines, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
 
     def part(self, of_c: slice, of_f: slice, ways: int) -> Outputs:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -324,6 +326,24 @@ def test_memory_that_nobody_holds_is_forgotten_first(monkeypatch: pytest.MonkeyP
     assert remembered(new.ctypes.data)
     assert sum(len(b) for b in memory._buffers) <= 3_000_000
     memory._buffers.clear()
+
+
+def test_large_memory_is_not_remembered_and_takes_room_when_it_is_touched() -> None:
+    memory._buffers.clear()
+    count = memory._LARGEST // 8
+    before = resident()
+    large = memory.zeros((count, 1), np.float64), memory.sparse(count, np.float64)
+    assert resident() - before < memory._LARGEST // 8
+    assert not any(a.any() for a in large)
+    assert large[0].ctypes.data % 64 == 0
+    large[1][:: count // 4] = 1.0
+    assert large[1].sum() == 4
+    assert memory.empty(count, np.float64).shape == (count,)
+    assert not memory._buffers
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_graphs_that_are_kept_are_not_overwritten_by_later_ones() -> None:
