@@ -170,12 +170,13 @@ class History:
             rows[level] = _NO_ROWS
         self._together(size, *(partial(learn_volume, *each) for each in volumes))
         k, pairs = int(rows[S].start[-1]), int(rows[E].start[-1])
-        scratch = memory.empty(pairs, np.float64), memory.empty(pairs, np.int32), memory.empty(k, np.float64)
+        pair_score, pair_source = memory.empty(pairs, np.float64), memory.empty(pairs, np.int32)
+        highest, peers = memory.empty(k, np.float64), memory.empty(k, np.float64)
         host, window, host_score = np.empty(k, np.int32), np.empty(k, np.int64), np.empty(k)
         score(
             run, self.windows, out.known, _frozen(flows.answered), _frozen(flows.told), _frozen(flows.failed),
             rows[S], rows[E], sums, out.v_rev, out.v_fwd, out.llr, out.z, out.zc, self._weights[1],
-            scratch[0], scratch[1], scratch[2], out.flow_score, out.beacon_score, host, window, host_score,
+            pair_score, pair_source, highest, peers, out.flow_score, out.beacon_score, host, window, host_score,
         )  # fmt: skip
         return host, window, host_score
 
@@ -285,8 +286,8 @@ def _joined(parts: list[tuple[Int32, Int64, Float64]]) -> tuple[Int32, Int64, Fl
 
 
 def _weights(weights: Weights) -> tuple[Float64, Float64]:
-    """Weights of a contact's terms [18], and of a flow's own [5]."""
-    own = ("V_rev", "V_fwd", "T", "fail", "B_es")
+    """Weights of a contact's terms [18], and of a flow's own [6]."""
+    own = ("V_rev", "V_fwd", "T", "fail", "B_es", "V_log")
     return np.array([getattr(weights, k, 0.0) for k in TERMS]), np.array([getattr(weights, k) for k in own])
 
 

@@ -13,22 +13,30 @@ from flowsage.models.terms import BEST, CAPPED, FREE
 from flowsage.models.weights import CONSTANTS
 
 _ABOVE, _BEACON_FLOOR, _BEACON_SCALE = CONSTANTS.regular_above, CONSTANTS.beacon_floor, CONSTANTS.beacon_scale
-W_V_REV, W_V_FWD, W_T, W_FAIL, W_B_ES = range(5)
+_PEERS = CONSTANTS.peers
+W_V_REV, W_V_FWD, W_T, W_FAIL, W_B_ES, W_V_LOG = range(6)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def little(v):  # type: ignore[no-untyped-def]
+    """V_log = max(0, ln(1 + V) − V/3): what is a little beyond the usual."""
+    return max(0.0, math.log1p(v) - v / 3.0)
 
 
 @numba.njit(cache=True, nogil=True)
 def score(  # type: ignore[no-untyped-def]
     run, seen, before, answered, told, failed, s_rows, e_rows, sums, v_rev, v_fwd, llr, z, zc, weights,
-    pair_score, pair_source, highest, flow_score, beacon_score, host, host_window, host_score,
+    pair_score, pair_source, highest, peers, flow_score, beacon_score, host, host_window, host_score,
 ):  # fmt: skip
     """flow_score = max(S, 4 min(Zc − 4, B_es)), beacon_score = Z + Zc, both f8[n] (undirected: mean of both ways); and
-    of each row of s its host i32, window i64 and score f8: ln Σ over distinct targets exp(highest flow_score).
+    of each row of s its host i32, window i64 and score f8: over distinct targets' highest flow_scores, ¾ of the highest
+    and ¼ of their mean.
 
     B_es = −ln((n + ½)/(E + 1)): n of `before` f8[c], the earlier windows of es, E of `seen`, those before this chunk.
 
-    S = `FREE`, or `CAPPED` where the flow is answered and that is known, + ½V_rev + ½V_fwd + ¼T + 1½[failed], with
-    T = ln(1 + max(0, LLR − 10)/10); weights f8[5]. Scratch: pair_score f8, pair_source i32 by row of e, highest f8 by
-    row of s.
+    S = `FREE`, or `CAPPED` where the flow is answered and that is known, + ½V_rev + 1½V_log + .35V_fwd + ¼T +
+    1½[failed], with T = ln(1 + max(0, LLR − 10)/10) and V_log of V_rev (`little`); weights f8[6]. Scratch: pair_score
+    f8, pair_source i32 by row of e, highest and peers f8 by row of s.
     """
     ways = run.ways
     for w in range(len(run.windows)):
@@ -46,6 +54,8 @@ def score(  # type: ignore[no-untyped-def]
                 v, j = first + way, i * ways + way
                 value = sums[v, CAPPED] if answered[i] and told[i] else sums[v, FREE]
                 value += weights[W_V_REV] * v_rev[j] + weights[W_V_FWD] * v_fwd[j]
+                if v_rev[j] > 0.0:
+                    value += weights[W_V_LOG] * little(v_rev[j])
                 if failed[i]:
                     value += weights[W_FAIL]
                 if llr[j] > _ABOVE:
@@ -71,8 +81,10 @@ def score(  # type: ignore[no-untyped-def]
         for r in range(n_e):
             highest[pair_source[r]] = max(highest[pair_source[r]], pair_score[r])
         host_score[h0 : h0 + n_s] = 0.0
+        peers[:n_s] = 0.0
         for r in range(n_e):
-            host_score[h0 + pair_source[r]] += math.exp(pair_score[r] - highest[pair_source[r]])
+            host_score[h0 + pair_source[r]] += pair_score[r]
+            peers[pair_source[r]] += 1.0
         for r in range(n_s):
-            host_score[h0 + r] = highest[r] + math.log(host_score[h0 + r])
+            host_score[h0 + r] = (1.0 - _PEERS) * highest[r] + _PEERS * host_score[h0 + r] / peers[r]
             host_window[h0 + r] = run.windows[w]

@@ -294,13 +294,26 @@ def test_who_sends_to_itself_is_unusual_unless_it_always_does(config: HistoryCon
     assert own[(src == "a") & itself] == pytest.approx([math.log(21 / 0.5), math.log(26 / 1.5)])
 
 
-def test_a_hosts_window_sums_over_peers_the_highest_flow_of_each() -> None:
+def test_what_is_a_little_beyond_the_usual_volume_counts_most() -> None:
+    table = traffic(6, minutes=30)
+    scores, _ = whole(table)
+    off, _ = whole(table, HistoryConfig(weights=replace(WEIGHTS, V_log=0.0)))
+    v = scores.terms["V_rev"]
+    assert ((v > 0) & (v < 3)).any()
+    together = np.maximum(v / 2, 1.5 * np.log1p(v))
+    np.testing.assert_allclose(scores.terms["history"] - off.terms["history"], together - v / 2, atol=1e-9)
+    assert not off.terms["V_log"].any()
+    np.testing.assert_allclose(scores.flow_score, np.maximum(scores.terms["history"], scores.flow_score), atol=1e-9)
+
+
+def test_a_hosts_window_is_the_highest_of_its_peers_and_a_quarter_of_how_all_are() -> None:
     table = traffic(6, minutes=6)
     scores, _ = whole(table)
     frame = table.select(["start_ns", "src_ip", "dst_ip"]).to_pandas().assign(score=scores.flow_score)
     frame["window"] = frame.start_ns // MINUTE
     best = frame.groupby(["window", "src_ip", "dst_ip"]).score.max()
-    expected = np.log(np.exp(best).groupby(["window", "src_ip"]).sum())
+    per_host = best.groupby(["window", "src_ip"])
+    expected = 0.75 * per_host.max() + 0.25 * per_host.mean()
     names = np.asarray(from_table(table).hosts.names.to_pylist(), object)
     ours = pd.Series(scores.score, pd.MultiIndex.from_arrays([scores.window, names[scores.host]]))
     assert len(ours) == len(expected)
