@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ LAB_DEFAULTS: dict[str, dict[str, Any]] = {
 """The lab runs a day in 24 minutes: short timeouts, windows and panes, alarms and graph that are ready in a minute."""
 
 
+EXTRAS = {
+    **dict.fromkeys(("communityid", "networkx", "numba", "safetensors", "torch", "torch_geometric"), "model"),
+    **dict.fromkeys(("aiohttp", "asyncssh", "dnslib"), "lab"),
+}
+"""Packages that a sensor does without, and which of our extras brings them."""
+
+
 class Group(click.Group):
     """Turns FlowSAGE's own errors into one sentence on stderr and the exit code that they carry."""
 
@@ -46,6 +54,12 @@ class Group(click.Group):
         except FlowsageError as e:
             click.echo(f"flowsage: {e}", err=True)
             ctx.exit(e.exit_code)
+        except ModuleNotFoundError as e:
+            name = (e.name or "").partition(".")[0]
+            if name not in EXTRAS:
+                raise
+            click.echo(f"flowsage: {name} is not installed; `pip install 'flowsage[{EXTRAS[name]}]'` adds it", err=True)
+            ctx.exit(1)
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(0)
@@ -90,6 +104,9 @@ def run(**options: Any) -> None:
         raise UsageError("--lab brings its own interfaces; name either --lab or --interface")
     if len(chosen) != 1:
         raise UsageError("name what to watch: one of --interface IF, --lab, --pcap FILE, --flows FILE")
+    if find_spec("numba") is None:
+        # The model is imported only once packets are counted; without it none should be.
+        raise ModuleNotFoundError(name="numba")
     from flowsage.pipelines.run import run_file, run_live
 
     output = {"findings": options["findings"], "as_json": options["as_json"]}
@@ -186,11 +203,13 @@ def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
         need_kafka(settings)
     from flowsage.pipelines.train import TrainSettings
     from flowsage.pipelines.train import train as train_model
+    from flowsage.pipelines.world import World
 
     try:
         train_model(flows, into, settings, TrainSettings(**training))
     except KeyboardInterrupt:
-        click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        if World().leads:
+            click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
         sys.exit(130)
 
 

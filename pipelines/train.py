@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import shutil
 import sys
 import time
@@ -122,7 +123,9 @@ def _rehearse(world: World, device: Any, lead: _Lead | None, settings: Settings,
                 lead.checkpoint()
     if lead is not None:
         lead.progress.steps = rehearsal.done
-        loss = f", loss {prior.loss:.3f} nats a meeting" if rehearsal.done else ""
+        loss = f", loss {prior.loss:.3f} nats a meeting"
+        if math.isnan(prior.loss):
+            loss = ": too few first meetings are remembered to learn from" if rehearsal.done else ""
         click.echo(f"{rehearsal.done} steps of rehearsal{loss}", err=True)
 
 

@@ -228,3 +228,24 @@ def test_a_sensor_needs_neither_torch_nor_numba() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--interface", "lo"],
+        ["score", "--kafka", "127.0.0.1:1"],
+        ["train", "F", "-o", "M"],
+        ["replay", "F", "--scores", "S"],
+    ],
+)
+def test_what_needs_the_model_says_where_it_is_not_installed_how_to_get_it(
+    arguments: list[str], scanned: Path, tmp_path: Path
+) -> None:
+    places = {"F": str(scanned), "M": str(tmp_path / "m"), "S": str(tmp_path / "s")}
+    arguments = [places.get(word, word) for word in arguments]
+    code = f"import sys; sys.modules['numba'] = None; from flowsage.pipelines.cli import main; main({arguments!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "flowsage: numba is not installed; `pip install 'flowsage[model]'` adds it\n"
+    assert list(tmp_path.iterdir()) == []
