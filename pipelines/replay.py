@@ -192,8 +192,9 @@ class ScoredRun:
         self._hosts = HostTableWriter(settings.windows.window) if outputs.hosts else None
         self._findings = FindingWriter(outputs.findings, as_json=as_json) if outputs.findings else None
         self.scorer = Scorer(
-            settings, on_findings=self._on_findings, on_closed=self._on_closed, terms=outputs.scores is not None
-        )
+            settings, on_findings=self._on_findings, on_closed=self._on_closed, terms=outputs.scores is not None,
+            testimony=outputs.findings is not None,
+        )  # fmt: skip
 
     def __enter__(self) -> ScoredRun:
         return self

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ class Scorer:
     detector      one that has learnt already, under the same configuration; None: that of the model directory, if the
                   settings name one, which is watched either way
     terms         whether closed windows come with what history's scores are made of
+    testimony     whether findings come with what the graph says of the first meetings in them
     """
 
     def __init__(
@@ -112,9 +113,10 @@ class Scorer:
         clock: Callable[[], int] | None = None,
         detector: Detector | None = None,
         terms: bool = False,
+        testimony: bool = True,
     ) -> None:
         self.settings = settings
-        config = detector_config(settings)
+        config = replace(detector_config(settings), testimony=testimony)
         self.model = ModelDirectory(Path(settings.model.directory), config) if settings.model.directory else None
         self.known_until_ns = -(1 << 62)
         """What begins before it has been learnt by the model."""

@@ -80,6 +80,15 @@ def test_a_scan_in_a_flow_file_is_found_and_explained(scanned: Path, tmp_path: P
     assert set(hosts[hosts.alert].host) == {"10.0.0.13"}
 
 
+def test_scores_and_hosts_are_the_same_whether_findings_are_asked_for_or_not(scanned: Path, tmp_path: Path) -> None:
+    def run(name: str, *more: object) -> list[bytes]:
+        paths = [tmp_path / f"{name}-{what}.parquet" for what in ("scores", "hosts")]
+        flowsage("replay", scanned, "--scores", paths[0], "--hosts", paths[1], *more)
+        return [path.read_bytes() for path in paths]
+
+    assert run("with", "--findings", tmp_path / "f.jsonl") == run("without")
+
+
 def test_two_runs_give_the_same_bytes_and_half_a_file_the_same_first_half(scanned: Path, tmp_path: Path) -> None:
     def run(source: Path, name: str) -> tuple[Path, Path]:
         paths = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.parquet"
