@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numba
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from flowsage.collector.errors import ConfigurationError
 from flowsage.graph import columns
-from flowsage.graph.flows import Bool, HostTable, Int64
+from flowsage.graph.flows import Bool, HostTable, Int32, Int64
 
 PRIVATE = (
     "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16", "127.0.0.0/8",
     "fc00::/7", "fe80::/10", "::1/128",
 )  # fmt: skip
 """RFC 1918, 6598, 3927, 1122; RFC 4193, 4291."""
+
+_WHOLE = 1 << 12
+"""Hosts of a table up to which all are read, once, when some are asked about: to cut those out costs as much each
+time."""
 
 _CACHE_LIMIT = 1 << 18
 _NO_ADDRESS, _ASK = -1, -2
@@ -73,6 +78,13 @@ class Internal:
             result[i] = self._known[name]
         self._latest = (hosts, result)
         return result
+
+
+def some_inside(inside: Callable[[HostTable], Bool], hosts: HostTable, index: Int32) -> Bool:
+    """What `inside` says of hosts[index], bool[n]; of a small table it is asked about all, and may remember it."""
+    if len(hosts) <= _WHOLE:
+        return inside(hosts)[index]
+    return inside(HostTable(hosts.names.take(pa.array(index)), hosts.hash[index]))
 
 
 @numba.njit(cache=True, nogil=True)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flowsage.collector.errors import ConfigurationError
-from flowsage.graph.addresses import PRIVATE, Internal
+from flowsage.graph.addresses import PRIVATE, Internal, some_inside
 from flowsage.graph.build import Contacts
-from flowsage.graph.flows import HostTable, UInt64
+from flowsage.graph.flows import UInt64
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels, uploads
 from flowsage.models.alarm_config import AlarmConfig
@@ -282,7 +282,7 @@ class Alarms:
             names = pc.cast(names, pa.string())
         arrays = self.memory.hosts.arrays
         arrays["name"][which] = names.to_numpy(zero_copy_only=False)
-        arrays["inside"][which] = self.internal(HostTable(names, c.hosts.hash[index]))
+        arrays["inside"][which] = some_inside(self.internal, c.hosts, index)
 
     def _offers(self, c: Contacts, found: Array, values: Array) -> list[Offer]:
         """The smallest p of each host and analytic, as offers to the episodes."""

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import numba
 import numpy as np
-import pyarrow as pa
 
+from flowsage.graph.addresses import some_inside
 from flowsage.graph.flows import HostTable
 from flowsage.models.columns import Array, Bool, Columns, Float32, Int32, UInt64
 from flowsage.models.keys import KeyTable, mix
@@ -114,8 +114,7 @@ class HostMemory:
             if self._inside is not None:
                 _, once = np.unique(slots[fresh], return_index=True)
                 fresh = fresh[once]
-                table = HostTable(hosts.names.take(pa.array(index[fresh])), hashes[fresh])
-                self.columns["internal"][slots[fresh]] = self._inside(table)
+                self.columns["internal"][slots[fresh]] = some_inside(self._inside, hosts, index[fresh])
         _see(self.columns["last"], self.columns["windows"], slots, window)
         return slots
 
