@@ -10,6 +10,7 @@ graphs, Yuan et al.: Explainability in Graph Neural Networks: A Taxonomic Survey
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,9 +20,9 @@ import torch
 from flowsage.models import signatures
 from flowsage.models.columns import Float64, Int32, Int64
 from flowsage.models.decoder import service_codes
-from flowsage.models.memory import MeetingMemory
+from flowsage.models.memory import Graph, MeetingMemory
 from flowsage.models.network import Network, View, own_signs
-from flowsage.models.sage import threads_for
+from flowsage.models.sage import Csr, threads_for
 
 MOST: Final = 24
 """Newest meetings of either end that are tried."""
@@ -45,21 +46,45 @@ class Attribution:
 
 @torch.no_grad()
 def plausibility(
-    memory: MeetingMemory, network: Network, view: View, meeting: tuple[int, int, int], without: Int64
-) -> float:
-    """f of (source slot, target slot, service code), nats, as if the meetings at `without` i64[n] had never been."""
+    memory: MeetingMemory, network: Network, view: View, meeting: tuple[int, int, int], without: Sequence[Int64]
+) -> Float64:
+    """f of (source slot, target slot, service code), nats, f64[v]: as if each of v sets of meetings, at positions
+    `without` i64[·], had never been.
+
+    All at once, each in a graph of its own beside the others: torch's overhead is what costs where rows are few.
+    """
     rows = np.array(meeting[:2], np.int32)
-    graph = memory.graph(rows, without=memory.batch(without) if len(without) else None)
+    graph = _beside([memory.graph(rows, without=memory.batch(at) if len(at) else None) for at in without])
     near = graph.columns + 1
     embedding = network.encoder.refresh(graph.x, graph.at, view.embedding[near], graph.into, graph.out_of)
     sketch = None
     if view.sketch is not None:
         known = view.sketch[near]
         sketch = signatures.sketch(own_signs(memory, known), graph.at, known, *graph.sketched)
-    code = service_codes(np.array(meeting[2:], np.int32))
-    tower, _ = network.decoder.sources(embedding[:1], None if sketch is None else sketch[:1], code)
-    peer = network.decoder.targets(embedding[1:], None if sketch is None else sketch[1:])
-    return float((tower * peer).sum())
+    code = service_codes(np.full(len(without), meeting[2], np.int32))
+    tower, _ = network.decoder.sources(embedding[::2], None if sketch is None else sketch[::2], code)
+    peer = network.decoder.targets(embedding[1::2], None if sketch is None else sketch[1::2])
+    f: Float64 = (tower * peer).sum(1).numpy().astype(np.float64)
+    return f
+
+
+def _beside(graphs: Sequence[Graph]) -> Graph:
+    """Graphs that do not touch, as one: rows and columns one graph's after the other's."""
+    begins = np.cumsum([0, *(len(graph.columns) for graph in graphs)]).tolist()
+
+    def one(parts: Sequence[Csr]) -> Csr:
+        ends = np.cumsum([0, *(len(part.index) for part in parts)]).tolist()
+        indptr = [parts[0].indptr[:1], *(part.indptr[1:] + end for part, end in zip(parts, ends, strict=False))]
+        index = [part.index + begin for part, begin in zip(parts, begins, strict=False)]
+        weight = torch.cat([part.weight for part in parts if part.weight is not None])
+        return Csr(torch.cat(indptr), torch.cat(index), begins[-1], weight)
+
+    into, out_of, servers, clients = (
+        one(parts) for parts in zip(*((g.into, g.out_of, *g.sketched) for g in graphs), strict=True)
+    )
+    at = torch.cat([graph.at + begin for graph, begin in zip(graphs, begins, strict=False)])
+    x, columns = (torch.cat(parts) for parts in zip(*((g.x, g.columns) for g in graphs), strict=True))
+    return Graph(x, columns, at, into, out_of, (servers, clients))
 
 
 def attribute(memory: MeetingMemory, network: Network, view: View, meeting: tuple[int, int, int]) -> Attribution:
@@ -75,7 +100,8 @@ def attribute(memory: MeetingMemory, network: Network, view: View, meeting: tupl
     ]
     at: Int64 = np.unique(np.concatenate(ends)).astype(np.int64)
     with threads_for(len(at)):
-        f = plausibility(memory, network, view, meeting, at[:0])
-        left = np.array([plausibility(memory, network, view, meeting, at[i : i + 1]) for i in range(len(at))])
+        f, *left = plausibility(
+            memory, network, view, meeting, [at[:0], *(at[i : i + 1] for i in range(len(at)))]
+        ).tolist()
     source, target, service = replay.ring[at].T.astype(np.int32)
-    return Attribution(f, at, source, target, memory.popularity.service["code"][service], f - left)
+    return Attribution(f, at, source, target, memory.popularity.service["code"][service], f - np.array(left))

@@ -42,15 +42,28 @@ def test_deleting_what_speaks_against_a_meeting_makes_it_more_plausible_than_del
         found = attribute(*parts, meeting)
         order = np.argsort(found.effect)
         some = [rng.choice(len(order), 3, replace=False) for _ in range(5)]
-        assert found.f == pytest.approx(plausibility(*parts, meeting, found.at[:0]))
-        against.append(plausibility(*parts, meeting, found.at[order[:3]]) - found.f)
-        for_it.append(plausibility(*parts, meeting, found.at[order[-3:]]) - found.f)
-        anything.append(np.mean([plausibility(*parts, meeting, found.at[k]) - found.f for k in some]))
+        sets = [found.at[:0], found.at[order[:3]], found.at[order[-3:]], *(found.at[k] for k in some)]
+        f, first, last, *others = plausibility(*parts, meeting, sets).tolist()
+        assert found.f == pytest.approx(f)
+        against.append(first - f)
+        for_it.append(last - f)
+        anything.append(np.mean(others) - f)
     assert len(meetings) >= 6
     assert np.mean(np.array(against) > np.array(anything)) > 0.9
     assert np.mean(np.array(for_it) < np.array(anything)) > 0.9
     assert np.mean(against) > 0.05
     assert np.mean(for_it) < -0.05
+
+
+def test_sets_of_meetings_left_out_at_once_say_what_each_says_alone(watched: tuple[MeetingPrior, Meetings]) -> None:
+    prior, meetings = watched
+    parts = prior.memory, prior.network, prior._current()
+    for meeting in meetings[:3]:
+        at = attribute(*parts, meeting).at
+        sets = [at[:0], at[:1], at[1:4], at]
+        alone = [plausibility(*parts, meeting, [each])[0] for each in sets]
+        assert len({round(f, 3) for f in alone}) > 1
+        assert plausibility(*parts, meeting, sets) == pytest.approx(alone, rel=1e-5, abs=1e-5)
 
 
 def test_only_meetings_of_the_two_ends_are_tried_and_the_meeting_itself_is_not(
