@@ -97,6 +97,7 @@ def beat(  # type: ignore[no-untyped-def]
     offered,
     services,
     tops,
+    once,
     llr,
     z_out,
     zc_out,
@@ -104,7 +105,8 @@ def beat(  # type: ignore[no-untyped-def]
     """LLR, Z and Zc of each directed flow [n·ways] (given as zeros).
 
     Z = min(150, max(0, LLR − 8 − 2 ln sources(o)))/10 · (1 − other regular sources of o/sources)
-    · (1 − other regular pairs of svc/(pairs + 1))/(1 + 2 sd ln(1+bytes_fwd) of es);
+    · (1 − other regular pairs of svc/(pairs + 1))/(1 + 2 sd ln(1+bytes_fwd) of es) · (1 − once/flows of es): the beat
+    is the pair's, and who tries a port after the other at regular intervals has none on any of them;
     Zc = −ln((other pairs whose largest Z is at least as large + 1)/(pairs + 1)), by quarters (`tops` i64[65]: how many
     pairs have each largest Z, and how many pairs there are).
     """
@@ -173,6 +175,7 @@ def beat(  # type: ignore[no-untyped-def]
                 z *= 1.0 - (offered[o, O_REGULAR] - regular) / offered[o, O_SOURCES]
                 z *= 1.0 - (services[s, SVC_REGULAR] - regular) / (services[s, SVC_PAIRS] + 1.0)
                 z /= 1.0 + 2.0 * math.sqrt(keys[k, ES_M2] / short)
+                z *= 1.0 - once / n
                 bucket = min(_LAST, int(4.0 * z))
                 if bucket > top:
                     tops[top] -= 1

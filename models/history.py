@@ -154,7 +154,7 @@ class History:
                 run, _frozen(flows.start_ns), _frozen(flows.bytes_fwd),
                 rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot,
                 levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
-                out.llr, out.z, out.zc,
+                self.config.weights.once, out.llr, out.z, out.zc,
             )  # fmt: skip
 
         size = len(run.src) * run.ways + len(flows)

@@ -271,6 +271,24 @@ def test_a_beat_counts_no_more_than_its_pair_is_unusual() -> None:
     assert (limited > scores.terms["history"]).any()
 
 
+def test_who_tries_port_after_port_by_the_clock_has_no_beat_on_any() -> None:
+    common = {"src_ip": "a", "dst_ip": "b", "proto": 6, "src_port": 40_000, "bytes_fwd": 60, "packets_fwd": 1}
+    others = [
+        {"start_ns": k * MINUTE, "src_ip": f"x{k}", "dst_ip": f"y{k}", "proto": 6, "dst_port": 7} for k in range(60)
+    ]
+    many = [common | {"start_ns": k * MINUTE + 1, "dst_port": 1_000 + k} for k in range(60)]
+    one = [common | {"start_ns": k * MINUTE + 1, "dst_port": 1_000} for k in range(60)]
+    for tries, times in ((many, np.ones(60)), (one, np.arange(1, 61))):
+        rows = sorted(tries + others, key=lambda row: int(row["start_ns"]))
+        mine = np.array([row["src_ip"] == "a" for row in rows])
+        table = flow_table(rows)
+        terms = whole(table)[0].terms
+        bare = whole(table, HistoryConfig(weights=replace(WEIGHTS, once=0.0)))[0].terms
+        assert terms["LLR"][mine][-1] > 50
+        assert bare["Z"][mine][-1] > 4
+        np.testing.assert_allclose(terms["Z"][mine], bare["Z"][mine] * (1 - 1 / times), atol=1e-9)
+
+
 def test_where_there_are_no_services_a_burst_counts_once() -> None:
     table = traffic(6, minutes=8)
     bare = table.select(["start_ns", "src_ip", "dst_ip"])
