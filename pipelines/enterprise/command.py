@@ -20,4 +20,4 @@ def write_simulation(
     if truth is not None:
         write_truth(truth, truths)
     bad = sum(table.column("label").to_pylist())
-    click.echo(f"{len(table):,} flows, {bad:,} of {len(truths)} incidents, in {path}", err=True)
+    click.echo(f"{len(table):,} flows, {bad:,} of them of {len(truths)} incidents, in {path}", err=True)
