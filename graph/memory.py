@@ -51,8 +51,11 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any
 
 def zeros(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """As np.zeros, from the same memory. What is too large to be remembered takes memory when it is touched."""
+    count = shape if isinstance(shape, int) else math.prod(shape)
+    if count < _FEW:
+        return np.zeros(shape, dtype)
     kind = np.dtype(dtype)
-    size = kind.itemsize * (shape if isinstance(shape, int) else math.prod(shape))
+    size = kind.itemsize * count
     if size >= _LARGEST:
         return _aligned(np.zeros(size + _LINE, np.uint8), size, kind, shape)
     array = empty(shape, kind)
@@ -62,8 +65,7 @@ def zeros(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any
 
 def sparse(count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """As np.zeros, for what stays nought but for a few places: only the small pages that are written take memory."""
-    size = count * np.dtype(dtype).itemsize
-    if size < _LARGEST:
+    if count < _FEW or (size := np.dtype(dtype).itemsize * count) < _LARGEST:
         return np.zeros(count, dtype)
     return np.frombuffer(mmap.mmap(-1, size), dtype)
 
