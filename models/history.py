@@ -169,6 +169,7 @@ class History:
         for level in (SVC, SS, O):  # of many contacts they are large, and not needed any more
             rows[level] = _NO_ROWS
         self._together(size, *(partial(learn_volume, *each) for each in volumes))
+        rows[ES] = _NO_ROWS
         k, pairs = int(rows[S].start[-1]), int(rows[E].start[-1])
         pair_score, pair_source = memory.empty(pairs, np.float64), memory.empty(pairs, np.int32)
         highest, peers = memory.empty(k, np.float64), memory.empty(k, np.float64)

@@ -83,7 +83,9 @@ class View:
             room = max(more, len(self.embedding) // 4)
 
             def longer(table: Tensor) -> Tensor:
-                return torch.cat([table, table[:1].expand(room, -1)])
+                grown = table.new_empty((len(table) + room, table.shape[1]))  # what is not used yet takes no memory
+                grown[: len(table)] = table
+                return grown
 
             self.embedding, self.peers = longer(self.embedding), longer(self.peers)
             self.sketch = None if self.sketch is None else longer(self.sketch)
