@@ -86,7 +86,7 @@ TABLE: tuple[Analytic, ...] = (
     Analytic("fail", "scan", "source", HOST, HOUR, "T1046", "failed flows",
              "{observed} flows of {host}{on} failed in {span}", 6),
     Analytic("lateral", "lateral", "source", HOST, HOUR, "T1021", "new internal peers",
-             "{host} reached {observed} new internal peers{on} in {span}", 3),
+             "{host} reached {count} new internal peers{on} in {span}", 3),
     Analytic("exfil", "exfiltration", "source", PAIR, MINUTE, "T1048", "bytes",
              "{host} sent {peer} {observed} more than it received in {span}", 5e5, True, BYTES_SCALE),
     Analytic("drip", "exfiltration", "source", PAIR, 4 * HOUR, "T1030", "bytes",
