@@ -38,7 +38,9 @@ from flowsage.models.key_levels import (
 )  # fmt: skip
 from flowsage.models.keys import AHEAD
 from flowsage.models.load import cold, load
+from flowsage.models.rarity import rarity
 from flowsage.models.terms import (
+    A_0,
     B_S,
     B_SELF,
     B_SS,
@@ -56,6 +58,7 @@ from flowsage.models.terms import (
     K_SS,
     N_O,
     P_SS,
+    R_0,
     TERMS,
     D,
     contact_sums,
@@ -66,6 +69,7 @@ Float64 = npt.NDArray[np.float64]
 
 _THETA, _D, _POOLED = CONSTANTS.strength, CONSTANTS.discount, CONSTANTS.pooled
 _ALL, _OWN, _LAST = CONSTANTS.rank_all, CONSTANTS.rank_service, int(CONSTANTS.buckets) - 1
+_RARE = CONSTANTS.rare_windows
 _PORT = (1 << SERVICE_BITS) - 1
 
 
@@ -137,10 +141,10 @@ def familiarity(  # type: ignore[no-untyped-def]
     """Terms of each directed contact v, and the counts after each window.
 
     rows, counts: `Rows` and `count` of the six levels. seen: windows in which anything was seen before this chunk (E of
-    its first). loads: what `load` knows, of slots of o and of all. pool f8[3]: sum of x over all rows of s so far, and
-    their number; services so far. ranks i64[64],
+    its first). loads: what `load` knows, of slots of o and of all, and what `rarity` does. pool f8[3]: sum of x over
+    all rows of s so far, and their number; services so far. ranks i64[64],
     svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. weights
-    f8[18]. Out: sums f8[v, 4] (`contact_sums`), terms f8[18, v] (`TERMS`) unless it has no columns, before f8[c]:
+    f8[20]. Out: sums f8[v, 4] (`contact_sums`), terms f8[20, v] (`TERMS`) unless it has no columns, before f8[c]:
     earlier windows of es (forward way).
 
     With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
@@ -156,6 +160,8 @@ def familiarity(  # type: ignore[no-untyped-def]
     F_0          (60/(60 + E))² (max(0, F_ss) + max(0, F_s)/2), if it has a weight
     F_1          −F_s as long as neither protocol nor port was ever known (F_ss is the same then), if it has a weight
     B_self       [s = t] `active`, n windows of e
+    R_0          exp(−E/10) times `rarity` of s: what is known of it instead is soon more, and
+    A_0          (60/(60 + E))² [TCP, and nothing was answered], both if they have a weight
     D            active(answered windows of o) + `new_child` of o's answered tokens (es, window)
     dc           [es new] `meeting_rank` of D; a (source, window) leaves one token: its largest D among answered first
                  meetings
@@ -165,6 +171,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     s_count, svc_count, ss_count, e_count, es_count, o_count = counts
     s_n, s_t, svc_n, ss_n, ss_up, e_n, es_up, es_n, o_n, o_l = scratch
     loaded = weights[F_O] != 0.0 or weights[N_O] != 0.0 or weights[G_O] != 0.0
+    bursts, silence = weights[F_0] != 0.0, weights[A_0] != 0.0
     line = np.empty((2, len(TERMS)))
     for w in range(len(run.windows)):
         now = seen + w
@@ -266,6 +273,11 @@ def familiarity(  # type: ignore[no-untyped-def]
             s_count[slot, S_E_NEW] += s_n[r, 5]
         pool[0] = all_x
         pool[1] = all_rows
+        worth = cold(now)
+        if weights[R_0] != 0.0:
+            rarity(s_n[:n_s, 0], math.exp(-now / _RARE), loads[2])
+        else:
+            s_n[:n_s, 0] = 0.0
         for r in range(n_svc):
             slot = svc_rows.row_slot[svc0 + r]
             if svc_count[slot, SVC_ALL] == 0.0:
@@ -337,7 +349,6 @@ def familiarity(  # type: ignore[no-untyped-def]
             o_l[:n_o] = 0.0
         # Out: each directed contact gets what its keys have.
         last = end - 1
-        worth = cold(now) if weights[F_0] != 0.0 else 0.0
         for c in range(run.offsets[w], run.offsets[w + 1]):
             for way in range(ways):
                 v = c * ways + way
@@ -362,10 +373,12 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, F_O] = o_l[o_rows.row[v], 0]
                 line[way, N_O] = o_l[o_rows.row[v], 1]
                 line[way, G_O] = o_l[o_rows.row[v], 2]
-                line[way, F_0] = worth * (max(0.0, ss_n[ss, 2]) + 0.5 * max(0.0, s_t[s, 1]))
+                line[way, F_0] = worth * (max(0.0, ss_n[ss, 2]) + 0.5 * max(0.0, s_t[s, 1])) if bursts else 0.0
                 line[way, F_1] = 0.0 if served or weights[F_1] == 0.0 else -s_t[s, 1]
                 own = run.src[c] == run.dst[c]
                 line[way, B_SELF] = log_now - math.log(e_n[e_rows.row[v], 0] + 0.5) if own else 0.0
+                line[way, R_0] = s_n[s, 0]
+                line[way, A_0] = worth if silence and not run.kept[c] else 0.0
                 line[way, D] = o_n[o_rows.row[v], 2]
                 if way == 0:
                     before[c] = es_n[es, 1]

@@ -24,6 +24,7 @@ from flowsage.models.familiarity import Scratch, familiarity
 from flowsage.models.history_scores import ContactTerms, Float64, HistoryScores, Outputs, Parts
 from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S, assign_together
 from flowsage.models.keys import NEVER, Int32, Int64
+from flowsage.models.rarity import BUCKETS
 from flowsage.models.recall import FIELDS, recall
 from flowsage.models.scoring import score
 from flowsage.models.terms import TERMS
@@ -70,6 +71,7 @@ class History:
         buckets = int(CONSTANTS.buckets)
         self._pool = np.zeros(3)
         self._loads = np.zeros(3)
+        self._peers = np.zeros((2, BUCKETS))
         self._ranks = np.zeros(buckets, np.int64)
         self._tops = np.zeros(buckets + 1, np.int64)
         self._threads: ThreadPoolExecutor | None = None
@@ -144,7 +146,7 @@ class History:
         def count() -> None:
             counts, scratch = tuple(level["count"] for level in levels), self._room([int(r.start[-1]) for r in rows])
             familiarity(
-                run, self.windows, tuple(rows), counts, (levels[O]["load"], self._loads), scratch,
+                run, self.windows, tuple(rows), counts, (levels[O]["load"], self._loads, self._peers), scratch,
                 self._pool, self._ranks, levels[SVC]["rank"],
                 self._weights[0], sums, out.terms, out.known,
             )  # fmt: skip
@@ -203,6 +205,7 @@ class History:
             "undirected": np.array(self.config.undirected),
             "pool": self._pool.copy(),
             "loads": self._loads.copy(),
+            "peers": self._peers.copy(),
             "ranks": self._ranks.copy(),
             "tops": self._tops.copy(),
         }
@@ -221,7 +224,7 @@ class History:
         if history.config.undirected != undirected:
             raise ValueError(f"the history was learnt with undirected={undirected}; configure it so, or start afresh")
         history.windows, history.last_window = (int(x) for x in state["windows"])
-        history._pool, history._loads = state["pool"].copy(), state["loads"].copy()
+        history._pool, history._loads, history._peers = (state[k].copy() for k in ("pool", "loads", "peers"))
         history._ranks, history._tops = state["ranks"].copy(), state["tops"].copy()
         history.levels = [Level.restore(level, state) for level in range(len(LEVEL_NAMES))]
         return history
@@ -287,7 +290,7 @@ def _joined(parts: list[tuple[Int32, Int64, Float64]]) -> tuple[Int32, Int64, Fl
 
 
 def _weights(weights: Weights) -> tuple[Float64, Float64]:
-    """Weights of a contact's terms [18], and of a flow's own [6]."""
+    """Weights of a contact's terms [20], and of a flow's own [6]."""
     own = ("V_rev", "V_fwd", "T", "fail", "B_es", "V_log")
     return np.array([getattr(weights, k, 0.0) for k in TERMS]), np.array([getattr(weights, k) for k in own])
 

@@ -76,7 +76,7 @@ class Outputs(NamedTuple):
     known: Float64
     """[c] earlier windows."""
     terms: Float64
-    """[18, c·ways] `terms.TERMS`, or [18, 0]."""
+    """[20, c·ways] `terms.TERMS`, or [20, 0]."""
     v_rev: Float64
     """[n·ways], and so on."""
     v_fwd: Float64
@@ -135,7 +135,7 @@ class Parts:
     weights: Weights
 
     def table(self) -> Float64:
-        """Each term as a row f64[26, n], undirected the mean over both ways, and last "history": their weighted sum."""
+        """Each term as a row f64[28, n], undirected the mean over both ways, and last "history": their weighted sum."""
         out, table = self.out, np.empty((len(NAMES) + 1, len(self.of_flow)))
         regular = np.log1p(np.maximum(0.0, out.llr - CONSTANTS.regular_above) / 10.0)
         little = np.maximum(0.0, np.log1p(out.v_rev) - out.v_rev / 3.0) * (self.weights.V_log != 0.0)
@@ -146,7 +146,7 @@ class Parts:
 
 @numba.njit(cache=True, nogil=True)
 def _tabulate(ways, of_flow, capped, failed, terms, own, weights, table):  # type: ignore[no-untyped-def]
-    """Terms of contacts f8[18, c·ways] and what is a flow's own, 7 of f8[n·ways] and whether it failed, to `table`."""
+    """Terms of contacts f8[20, c·ways] and what is a flow's own, 7 of f8[n·ways] and whether it failed, to `table`."""
     count, last = len(TERMS), len(NAMES)
     for i in range(len(of_flow)):
         for way in range(ways):

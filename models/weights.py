@@ -38,6 +38,10 @@ class Weights:
     """Floods in the first minutes, when nothing has a past."""
     F_0: float = 1.0
     """Bursts of sources, the same: until there is a past, what a source does beside its peers is all that is known."""
+    R_0: float = 3.0
+    """Sources that are rare among their peers, the same (`rarity`)."""
+    A_0: float = 2.0
+    """What is not answered, the same: it needs no past to be seen."""
     F_1: float = 0.5
     """As F_s: where there are no services F_ss says the same, and counts once (macro AUC of darpa98 .85 → .87)."""
     B_self: float = 1.0
@@ -75,6 +79,8 @@ class Constants:
     """The same beyond the mean of all others, while nothing has a past (G_o)."""
     cold_windows: float = 60.0
     """Windows after which that is worth a quarter."""
+    rare_windows: float = 10.0
+    """Windows after which being rare among sources is worth 1/e (R_0)."""
     rank_all: float = 20.0
     """Tokens of e^-D in front of the ranks of all first meetings, and of those in front of a service's own (dc)."""
     rank_service: float = 10.0
