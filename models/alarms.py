@@ -45,7 +45,7 @@ THREADED = 1 << 14
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-VERSION = 5
+VERSION = 6
 
 _BEST, _RUN = by_group("best"), by_group("run")
 
@@ -71,7 +71,7 @@ class Alarms:
         self._log = Log.empty(c.log)
         self._tau = np.where(an.TAU > 0, an.TAU / c.time_scale, 0.0)
         self._span = np.maximum(self._block_ns / 1e9, self._tau)
-        self._fade = np.log(2.0) / (an.WEEK / c.time_scale)
+        self._fade = np.log(2.0) / (an.HABIT / c.time_scale)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="alarms")
         self.witness: Asked | None = None
         """Asked about the first meetings that a finding shows."""
@@ -222,7 +222,7 @@ class Alarms:
         scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
         usual = uploads.usual(
             slots, sent, shared, cells[2], past[2], h["inside"], h["born"], h["received"], h["received_past"],
-            self._tau[an.DRIP], self._span[an.DRIP], step, self._fade, now,
+            self._tau[an.DRIP], self._span[an.DRIP], step, self._fade[an.DRIP], now,
         )  # fmt: skip
         allowed, open_ = self.allowed, self._open if self.tried else self._open & an.FIRST
 

@@ -51,6 +51,7 @@ class Analytic:
     scale      how much of `unit` one unit of level is
     doubles    each unit doubles 1 + level, so that x counts them, in ln 2: two are twice as strange as one, not half as
                strange again, and one that was seen before takes away one
+    habit      seconds in which a record fades by ln 2: how long what a key did once counts as what it does
     """
 
     name: str
@@ -65,6 +66,7 @@ class Analytic:
     learns: bool = False
     scale: float = 1.0
     doubles: bool = False
+    habit: float = WEEK
 
     @property
     def prior(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -102,7 +104,8 @@ TABLE: tuple[Analytic, ...] = (
     Analytic("beacon", "beacon", "source", CONTACT, 0.0, "T1071", "strength of the beat",
              "{host} calls {peer} on {service} like a clock, {beats}", 1),
     Analytic("meeting", "novelty", "source", HOST, HOUR, "T1078", "peers that hosts like it do not meet",
-             "{host} met {count} peers that hosts like it do not meet in {span}", 1.5, doubles=True),
+             "{host} met {count} peers that hosts like it do not meet in {span}", 1.5, doubles=True,
+             habit=DAY / 2),
     Analytic("joint", "joint", "source", HOST, 0.0, None, "nats of several causes",
              "{host} does several unusual things at once", 4),
 )  # fmt: skip
@@ -151,6 +154,8 @@ FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a
 of a monitor) may have been so for years; what fails, or asks for a password again and again, seldom has."""
 LEARNS = np.array([a.learns for a in TABLE])
 DOUBLES = np.array([a.doubles for a in TABLE])
+HABIT = np.array([a.habit for a in TABLE])
+"""Who helped a colleague out once has no habit of it: a record of peers out of place is one fewer each half day."""
 LEAST = np.array(
     [a.least if a.tau == 0 else a.least * np.log(2.0) if a.doubles else np.log1p(a.least / a.scale) for a in TABLE]
 )

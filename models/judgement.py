@@ -74,7 +74,7 @@ def judge(  # type: ignore[no-untyped-def]
                 continue
             x = np.log1p(level)
         # A beat is judged by itself; once it was told, and has paused, it has to become stronger.
-        record = 0.0 if direct[a] and held else max(0.0, earlier[row, RECORD] - fade * now)
+        record = 0.0 if direct[a] and held else max(0.0, earlier[row, RECORD] - fade[a] * now)
         excess = x - record
         if excess <= THRESHOLD:
             continue
@@ -103,7 +103,7 @@ def judge(  # type: ignore[no-untyped-def]
         if alarm:
             earlier[row, HELD] = now + quiet
             if direct[a]:
-                earlier[row, RECORD] = max(earlier[row, RECORD], x + fade * now)
+                earlier[row, RECORD] = max(earlier[row, RECORD], x + fade[a] * now)
             if not learns[a]:
                 cell[row, LAST] = earlier[row, BEFORE] = 0.0
             excluded[host, a] = True
@@ -121,8 +121,8 @@ def judge(  # type: ignore[no-untyped-def]
                 family_best[host, family[a]] = cause
                 row = host * width[0] + column[joint]
                 if touch(
-                    cells[0], past[0], row, now, 0.0, span[joint], fade, host_record, host, joint, host_born[host],
-                    step, 0.0,
+                    cells[0], past[0], row, now, 0.0, span[joint], fade[joint], host_record, host, joint,
+                    host_born[host], step, 0.0,
                 ):  # fmt: skip
                     touched[total, 0], touched[total, 1], touched[total, 2] = joint, row, contact
                     total += 1

@@ -164,8 +164,8 @@ def raise_levels(  # type: ignore[no-untyped-def]
             row = np.int64(owner if what == 0 else slots[1 + what, i]) * width[what] + column[a]
             beyond = usual[i] if a in (EXFIL, DRIP) else 0.0
             if touch(
-                cells[what], past[what], row, now, tau[a], span[a], fade, host_record, owner, a, host_born[owner], step,
-                beyond,
+                cells[what], past[what], row, now, tau[a], span[a], fade[a], host_record, owner, a, host_born[owner],
+                step, beyond,
             ):  # fmt: skip
                 touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
                 m += 1

@@ -75,8 +75,8 @@ class Reasons:
     tau: Array
     """[analytics]"""
     span: Array
-    fade: float
-    """By how much a record fades in a second."""
+    fade: Array
+    """[analytics], by how much a record fades in a second."""
     witness: Asked | None
 
     def of(self, c: Contacts, a: int, row: int, contact: int, x: float, record: float) -> Callable[[], Explained]:
@@ -145,7 +145,7 @@ class Reasons:
                 continue
             cell, past = (stores[analytic.kind].arrays[name][slot][an.COLUMN[a]] for name in ("cells", "past"))
             x = float(np.log1p(cell[records.LEVEL] * np.exp((cell[records.AT] - now) / self.tau[a])))
-            record = max(0.0, float(past[records.RECORD]) - self.fade * now)
+            record = max(0.0, float(past[records.RECORD]) - self.fade[a] * now)
             age = now - float(m.hosts.arrays["born"][source])
             record += float(records.growth(age, self.block, self.tau[a], self.span[a]))
             if x - record >= LEAST_EXCESS and x >= an.LEAST[a]:

@@ -8,7 +8,7 @@ A key (a host, a (source, service), a pair, a contact) has one *cell* for each a
 
 and a *past*, apart from it, since it stays nought until a span is over, and what is nought takes no memory:
 
-    RECORD   largest x of earlier spans, plus fade · time (so that fading needs no visit)
+    RECORD   largest x of earlier spans, plus fade · time (so that fading needs no visit); fade is the analytic's own
     BEFORE   largest level of the span before
     HELD     until when the record is frozen, because the key was named in an alarm
 

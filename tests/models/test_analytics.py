@@ -150,7 +150,7 @@ def test_where_others_send_as_much_it_is_no_news_and_it_is_no_licence_to_send_it
         levels.key_hashes(c.hosts.hash[c.src], c.hosts.hash[c.dst], np.ascontiguousarray(c.service), keys)
         pairs = alarms.memory.pairs
         cell, past = (pairs.arrays[f][int(pairs.table.find(keys[1])[0]), an.COLUMN[an.DRIP]] for f in ("cells", "past"))
-        return float(np.log1p(cell[records.LEVEL]) - past[records.RECORD] + alarms._fade * alarms._now)
+        return float(np.log1p(cell[records.LEVEL]) - past[records.RECORD] + alarms._fade[an.DRIP] * alarms._now)
 
     for k in range(72):  # a day in which four hosts send the cloud 5 MB each now and then
         step(alarms, 1200.0 * k + 10, [(f"10.0.0.{k % 4 + 1}", cloud, 443, 1, 5_000_000, 1_000)])
@@ -182,7 +182,7 @@ def test_steady_traffic_of_a_new_host_is_no_news_however_long_a_level_remembers(
         if age < 2 * 900:
             continue
         x = np.log1p(cell[records.LEVEL])
-        record = past[records.RECORD] - alarms._fade * alarms._now
+        record = past[records.RECORD] - alarms._fade[an.FLOOD] * alarms._now
         worst = max(worst, x - record - records.growth(age, 900.0, an.TAU[an.FLOOD], 3600.0))
     assert worst < 0.25
 
@@ -245,3 +245,19 @@ def test_first_meetings_are_news_among_our_own_hosts():
     assert added(HTTPS, (True, True), misplaced=0.8)["meeting"] == 0.8
     assert added(HTTPS, (True, True), misplaced=math.nan)["meeting"] == 0
     assert added(HTTPS, (True, False), misplaced=0.8)["meeting"] == 0
+
+
+def test_of_peers_out_of_place_a_record_is_one_fewer_each_half_day() -> None:
+    alarms, hour = Alarms(), 3_600.0
+
+    def record(second: float, *peers: str, misplaced: float = 1e-9) -> float:
+        step(alarms, second, [(INTERNAL, p, 443, 1, 60, 54) for p in peers], misplaced=misplaced)
+        slot = int(alarms.memory.hosts.table.find(hash_names(pa.array([INTERNAL])))[0])
+        past = alarms.memory.hosts.arrays["past"][slot, an.COLUMN[an.MEETING]]
+        return max(0.0, float(past[records.RECORD] - alarms._fade[an.MEETING] * alarms._now)) / math.log(2.0)
+
+    assert record(10, "10.0.1.1", "10.0.1.2", misplaced=1.0) == 0
+    assert level(alarms, "meeting", INTERNAL) == pytest.approx(3.0), "two peers double it twice"
+    assert record(3 * hour, "10.0.1.3") == pytest.approx(2 - 3 / 12, abs=0.01)
+    assert record(15 * hour, "10.0.1.4") == pytest.approx(2 - 15 / 12, abs=0.01)
+    assert record(27 * hour, "10.0.1.5") == 0, "by then it is no habit"
