@@ -76,7 +76,7 @@ class Alarms:
         self.witness: Asked | None = None
         """Asked about the first meetings that a finding shows."""
         self.internal = Internal(PRIVATE if c.internal is None else c.internal)
-        self._parameters, self._floors = self.calibration.parameters(), self.calibration.floors(self.config.budget)
+        self._judge_by_what_was_seen()
 
     def readiness(self) -> Readiness:
         """Whether alarms are raised yet, and why not."""
@@ -136,7 +136,12 @@ class Alarms:
         for analytic, excess in e.borne_out:
             self.calibration.bear_out(analytic, excess)
         if e.begun or e.borne_out:
-            self._floors = self.calibration.floors(self.config.budget)
+            self._judge_by_what_was_seen()
+
+    def _judge_by_what_was_seen(self) -> None:
+        """Take the parameters and floors of p from the calibration as it is now."""
+        self._parameters = self.calibration.parameters()
+        self._floors = self.calibration.floors(self.config.budget, self._blocks_a_day)
 
     def take_p_values(self, hosts: UInt64) -> Array:
         """The smallest p f8[n] of each host (hashes u64[n]) in any pane since this was last asked; NaN: not ready."""
@@ -161,7 +166,7 @@ class Alarms:
             self._forget()
             self.calibration.fade((block - self._block) * self._block_ns / 1e9 / (an.WEEK / self.config.time_scale))
         self._block, self._active = block, ([], [])
-        self._parameters, self._floors = self.calibration.parameters(), self.calibration.floors(self.config.budget)
+        self._judge_by_what_was_seen()
         if self._ready_at < 0 and self.readiness().ready:
             self._ready_at = self._now
         self._open = an.EARLY | (self._ready_at >= 0)
@@ -342,5 +347,5 @@ class Alarms:
             values[k] for k in ("ready_at", "steps", "contacts_seen")
         )
         alarms._open = an.EARLY | (alarms._ready_at >= 0)
-        alarms._parameters, alarms._floors = alarms.calibration.parameters(), alarms.calibration.floors(config.budget)
+        alarms._judge_by_what_was_seen()
         return alarms

@@ -19,7 +19,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from flowsage.models.analytics import HOST, IS_TARGET, KIND, TABLE
+from flowsage.models.analytics import HOST, IS_TARGET, KIND, SHARE, TABLE
 from flowsage.models.prior import GROUPS
 
 F8 = npt.NDArray[np.float64]
@@ -147,6 +147,8 @@ class Calibration:
         """Findings begun that nothing else bears out, by analytic and excess; they fade by half a week."""
         self.proven: F8 = np.zeros(len(TABLE))
         """Findings of each analytic that another family has borne out; they fade alike."""
+        self.lately = 0.0
+        """Active host-blocks of sources, which fade alike: what the budget is counted by."""
         self.hosts = 0
         """Host-blocks active in either role."""
         self.blocks = 0
@@ -178,16 +180,19 @@ class Calibration:
         """Time has passed."""
         self.raised *= 0.5**weeks
         self.proven *= 0.5**weeks
+        self.lately *= 0.5**weeks
 
-    def floors(self, budget: float) -> F8:
+    def floors(self, budget: float, blocks_a_day: float) -> F8:
         """The least p [A, STEPS] of an excess in each step: the share of host-blocks in which as much was raised.
 
         What is raised is left out of k and E, lest attacks become normal. But attacks are rare: an analytic that keeps
-        raising is wrong about what is rare here, and what it raised, beyond `TOLERATED`, is evidence of that. What
-        analytics of another family bore out is none, and for each such finding one more is tolerated: who was right
-        where others could tell is believed where they cannot.
+        raising is wrong about what is rare here, and what it raised, beyond `TOLERATED` and its `SHARE` of the budget,
+        which is what p-values that are right come to, is evidence of that. What analytics of another family bore out is
+        none, and for each such finding one more is tolerated: who was right where others could tell is believed where
+        they cannot.
         """
         tolerated = TOLERATED[0] + TOLERATED[1] * max(0.0, np.log10(budget)) + self.proven[:, None]
+        tolerated = tolerated + SHARE[:, None] * budget / 100.0 / blocks_a_day * self.lately
         active = self.n.sum(1)[IS_TARGET.astype(np.int64)] + N0
         beyond: F8 = np.maximum(0.0, np.cumsum(self.raised[:, ::-1], 1)[:, ::-1] - tolerated)
         floors: F8 = beyond / active[:, None]
@@ -214,6 +219,7 @@ class Calibration:
         for role in (0, 1):
             _flush(active[role], role, IS_TARGET, best, run, last, excluded, births, now, block, ages,
                    self.k, self.e, self.prior_b, self.n)  # fmt: skip
+        self.lately += len(active[0])
         both = len(np.union1d(*active))
         self.hosts += both
         self.blocks += both > 0
@@ -256,6 +262,7 @@ class Calibration:
             "raised": self.raised.copy(),
             "proven": self.proven.copy(),
             "seen": np.array([self.blocks, self.hosts], np.int64),
+            "lately": np.array(self.lately),
         }
 
     @classmethod
@@ -266,4 +273,5 @@ class Calibration:
             np.array(state[name], np.float64) for name in ("k", "e", "n", "raised", "proven")
         )
         c.blocks, c.hosts = (int(v) for v in state["seen"])
+        c.lately = float(state["lately"])
         return c

@@ -112,16 +112,28 @@ def test_the_budget_grows_on_the_first_day():
 def test_an_analytic_that_keeps_raising_is_believed_less_and_the_smaller_the_budget_the_sooner():
     c = Calibration()
     c.blocks, c.hosts, c.n[0, 2] = 10, 2_000, 2_000
-    assert not c.floors(10).any()
+    assert not c.floors(10, 96).any()
     for _ in range(5):
         c.note(an.SWEEP, 4.0)
-    floors = c.floors(10)
+    floors = c.floors(10, 96)
     assert floors[an.SWEEP, int(4.0 / 0.25)] == pytest.approx(2 / 2_400)
     assert floors[an.SWEEP, int(6.0 / 0.25)] == 0
     assert floors[an.EXFIL].max() == 0
-    assert c.floors(1)[an.SWEEP].max() == pytest.approx(4 / 2_400)
+    assert c.floors(1, 96)[an.SWEEP].max() == pytest.approx(4 / 2_400)
     c.fade(1.0)
-    assert c.floors(10).max() == 0
+    assert c.floors(10, 96).max() == 0
+
+
+def test_what_an_analytics_share_of_the_budget_allows_says_nothing_against_it():
+    c, step = Calibration(), int(4.0 / 0.25)
+    c.blocks, c.hosts, c.n[0, 2], c.lately = 10, 20_000, 20_000, 20_000.0
+    for _ in range(9):
+        c.note(an.MEETING, 4.0)
+    share = 0.15 * 10 / 100 / 96 * 20_000
+    assert c.floors(10, 96)[an.MEETING, step] == pytest.approx((9 - 3 - share) / 20_400)
+    assert c.floors(1, 96)[an.MEETING, step] == pytest.approx((9 - 1 - share / 10) / 20_400)
+    c.fade(1.0)
+    assert c.lately == 10_000
 
 
 def test_findings_that_another_family_bears_out_do_not_count_and_earn_belief_for_others():
@@ -130,14 +142,14 @@ def test_findings_that_another_family_bears_out_do_not_count_and_earn_belief_for
     for _ in range(7):
         c.note(an.MEETING, 4.0)
     step = int(4.0 / 0.25)
-    assert c.floors(10)[an.MEETING, step] == pytest.approx(4 / 2_400)
+    assert c.floors(10, 96)[an.MEETING, step] == pytest.approx(4 / 2_400)
     c.bear_out(an.MEETING, 4.0)
-    assert c.floors(10)[an.MEETING, step] == pytest.approx(2 / 2_400)
+    assert c.floors(10, 96)[an.MEETING, step] == pytest.approx(2 / 2_400)
     c.bear_out(an.MEETING, 4.0)
-    assert c.floors(10).max() == 0
+    assert c.floors(10, 96).max() == 0
     for _ in range(9):
         c.note(an.EXFIL, 4.0)
-    assert c.floors(10)[an.EXFIL, step] == pytest.approx(6 / 2_400)
+    assert c.floors(10, 96)[an.EXFIL, step] == pytest.approx(6 / 2_400)
 
 
 def test_a_saved_calibration_goes_on():
