@@ -37,7 +37,7 @@ class DetectorConfig:
     """What the parts are made with. `graph` off leaves history and alarms, as an ablation or on a small machine.
 
     `testimony` off: findings come without what the graph holds for and against the first meetings in them. It changes
-    no score and no alarm, and is a sixth of the time of a long file whose findings nobody reads.
+    no score and no alarm, and takes time that a file whose findings nobody reads can spare.
     """
 
     window_ns: int = 60 * 10**9
