@@ -28,7 +28,7 @@ _LIMIT = 1 << 29
 """Buffers of at most so many bytes in all are remembered."""
 _LARGEST = 1 << 25
 """Bytes from which on a buffer is not remembered: pages of that size are large and soon there, and what lies idle adds
-up. With what is `sparse`, it was .7 GB of a process that had scored ten million flows."""
+up."""
 
 _TRIM, _MAP = -1, -3
 """Of <malloc.h>: how much may stay free at the end of the heap, and from which size on memory is mapped by itself."""
