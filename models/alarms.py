@@ -193,7 +193,7 @@ class Alarms:
         if n < THREADED:
             find(*range(len(stores)))
         else:
-            self._both(n, lambda: find(0, 4), lambda: find(1, 2, 3))
+            self._both(n, lambda: find(0, 1, 4), lambda: find(2, 3))
         h = m.hosts.arrays
         if len(m.hosts.table) > before:
             h["born"][before : len(m.hosts.table)] = now

@@ -19,6 +19,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.models.gaps import add_gap
+
 F8 = npt.NDArray[np.float64]
 
 SEEN, VISIT, GAPS, MEAN, SQUARES, SUM, LLR, SIZES, SIZE_MEAN, SIZE_SQUARES, REGULAR, BEATS, SINCE = range(13)
@@ -35,34 +37,6 @@ JITTER = 0.3
 
 BEGIN, END = 10.0, 2.0
 """A contact becomes regular above the first, stops being so at the second."""
-
-
-@numba.njit(cache=True, nogil=True)
-def _gap(state, k, gap):  # type: ignore[no-untyped-def]
-    """One gap into the likelihood ratio and the moments of contact `k`."""
-    log_gap = math.log(gap)
-    count, total = state[k, GAPS], state[k, SUM]
-    if count > 0:
-        kn, an, bn = 1.0 + count, 1.0 + count / 2, 0.02 + 0.5 * state[k, SQUARES]
-        scale, nu = math.sqrt(bn * (kn + 1) / (an * kn)), 2 * an
-        z = (log_gap - state[k, MEAN]) / scale
-        regular = (
-            math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - 0.5 * math.log(nu * math.pi)
-            - math.log(scale) - (nu + 1) / 2 * math.log1p(z * z / nu)
-        )  # fmt: skip
-        poisson = math.log(count) + count * math.log(total) - (count + 1) * math.log(total + gap) + log_gap
-        ratio = math.log(0.9 * math.exp(regular) + 0.1 * math.exp(poisson) + 1e-300) - poisson
-        state[k, LLR] = min(200.0, max(0.0, state[k, LLR] + ratio))
-    count += 1.0
-    if count > MEMORY:
-        count = MEMORY
-        state[k, SQUARES] *= MEMORY / (MEMORY + 1)
-        state[k, SUM] = total * MEMORY / (MEMORY + 1)
-    delta = log_gap - state[k, MEAN]
-    state[k, GAPS] = count
-    state[k, MEAN] += delta / count
-    state[k, SQUARES] += delta * (log_gap - state[k, MEAN])
-    state[k, SUM] += gap
 
 
 @numba.njit(cache=True, nogil=True)
@@ -85,7 +59,7 @@ def beats(slots, services, first, size, sources, state, tally, born, grandfather
             gap = t - state[k, VISIT]
             state[k, VISIT] = t
             if gap >= least:
-                _gap(state, k, gap)
+                add_gap(state[k], GAPS, gap)
             else:
                 state[k, LLR] = max(0.0, state[k, LLR] - 1.0)
             if state[k, LLR] == 0.0:

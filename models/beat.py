@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 
 import numba
-import numpy as np
 
 from flowsage.graph.prefetch import prefetch
+from flowsage.models.gaps import add_gap
 from flowsage.models.key_levels import (
     E_GAPS,
     E_LAST,
     E_LLR,
-    E_M2,
-    E_MEAN,
     E_MET,
-    E_SUM,
     E_VISIT,
     ES_FLOWS,
     ES_M2,
@@ -29,13 +26,7 @@ from flowsage.models.key_levels import (
 from flowsage.models.keys import AHEAD
 from flowsage.models.weights import CONSTANTS
 
-_SILENCE, _SHORTEST, _MEMORY, _CAP = (
-    CONSTANTS.silence_s,
-    CONSTANTS.shortest_gap_s,
-    CONSTANTS.beat_memory,
-    CONSTANTS.beat_cap,
-)
-_VARIANCE, _NOISE = CONSTANTS.beat_variance, CONSTANTS.beat_noise
+_SILENCE, _SHORTEST, _MEMORY = CONSTANTS.silence_s, CONSTANTS.shortest_gap_s, CONSTANTS.beat_memory
 _ABOVE, _BELOW, _FLOOR, _TOP = (
     CONSTANTS.regular_above,
     CONSTANTS.irregular_below,
@@ -43,44 +34,6 @@ _ABOVE, _BELOW, _FLOOR, _TOP = (
     CONSTANTS.beat_top,
 )
 _LAST = int(CONSTANTS.buckets) - 1
-
-_STUDENT = np.array(
-    [
-        math.lgamma((3 + c) / 2) - math.lgamma((2 + c) / 2) - 0.5 * math.log((2 + c) * math.pi)
-        for c in range(int(_MEMORY) + 1)
-    ]
-)
-"""ln of the Student-t density's normalising constant with 2 + c degrees of freedom."""
-
-
-@numba.njit(cache=True, nogil=True)
-def _gap(pair, gap):  # type: ignore[no-untyped-def]
-    """One more gap [s] between visits of `pair` f8[8].
-
-    LLR ← clip(LLR + ln(.9 p + .1 q) − ln q, 0, 200): p the Student-t predictive of ln gap (normal-inverse-gamma, prior
-    weight and shape 1, rate .02), q a Poisson process' predictive gap (Lomax), both after the earlier gaps, of which
-    50 are remembered. The first gap only teaches.
-    """
-    y = math.log(gap)
-    c = pair[E_GAPS]
-    if c > 0.0:
-        scale = math.sqrt((_VARIANCE + 0.5 * pair[E_M2]) * (c + 2.0) / ((1.0 + 0.5 * c) * (1.0 + c)))
-        nu = 2.0 + c
-        z = (y - pair[E_MEAN]) / scale
-        regular = _STUDENT[int(c)] - math.log(scale) - 0.5 * (nu + 1.0) * math.log1p(z * z / nu)
-        poisson = math.log(c) + c * math.log(pair[E_SUM]) - (c + 1.0) * math.log(pair[E_SUM] + gap) + y
-        more = math.log((1.0 - _NOISE) * math.exp(regular) + _NOISE * math.exp(poisson) + 1e-300) - poisson
-        pair[E_LLR] = min(_CAP, max(0.0, pair[E_LLR] + more))
-    c += 1.0
-    if c > _MEMORY:
-        c = _MEMORY
-        pair[E_M2] *= _MEMORY / (_MEMORY + 1.0)
-        pair[E_SUM] *= _MEMORY / (_MEMORY + 1.0)
-    off = y - pair[E_MEAN]
-    pair[E_GAPS] = c
-    pair[E_MEAN] += off / c
-    pair[E_M2] += off * (y - pair[E_MEAN])
-    pair[E_SUM] += gap
 
 
 @numba.njit(cache=True, nogil=True)
@@ -121,7 +74,7 @@ def beat(  # type: ignore[no-untyped-def]
             prefetch(pairs, e_slot[soon])
             prefetch(keys, es_slot[soon])
             now = start_ns[i] / 1e9
-            size = math.log1p(max(bytes_fwd[i], 0))
+            size = math.log(1.0 + max(bytes_fwd[i], 0))
             for way in range(ways):
                 v = (run.of_flow[i] - run.first) * ways + way
                 p = e_slot[v]
@@ -133,7 +86,7 @@ def beat(  # type: ignore[no-untyped-def]
                     gap = now - pairs[p, E_VISIT]
                     pairs[p, E_VISIT] = now
                     if gap >= _SHORTEST:
-                        _gap(pairs[p], gap)
+                        add_gap(pairs[p], E_GAPS, gap)
                     else:
                         pairs[p, E_LLR] = max(0.0, pairs[p, E_LLR] - 1.0)
                 pairs[p, E_LAST] = now

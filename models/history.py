@@ -167,11 +167,9 @@ class History:
             self._together(size, *(partial(assign, level) for level in (ES, E, SS, O, S, SVC)))
         sums = memory.empty((len(run.src) * run.ways, 4), np.float64)
         volumes = ((ES, flows.bytes_fwd, out.v_fwd), (S, flows.bytes_rev, out.v_rev))
-        self._together(size, count, beats)
-        for level in (SVC, SS, O):  # of many contacts they are large, and not needed any more
+        self._together(size, beats, count, *(partial(learn_volume, *each) for each in volumes))
+        for level in (SVC, SS, ES, O):  # of many contacts they are large, and not needed any more
             rows[level] = _NO_ROWS
-        self._together(size, *(partial(learn_volume, *each) for each in volumes))
-        rows[ES] = _NO_ROWS
         k, pairs = int(rows[S].start[-1]), int(rows[E].start[-1])
         pair_score, pair_source = memory.empty(pairs, np.float64), memory.empty(pairs, np.int32)
         highest, peers = memory.empty(k, np.float64), memory.empty(k, np.float64)
@@ -189,13 +187,13 @@ class History:
         numbers = np.empty((len(FIELDS), c))
         columns = tuple(_frozen(a) for a in (contacts.src, contacts.dst, contacts.service, contacts.hosts.hash))
 
-        def part(begin: int, end: int) -> Callable[[], None]:
-            return lambda: recall(  # type: ignore[call-arg]
+        def part(begin: int) -> None:
+            recall(  # type: ignore[call-arg]
                 *columns, tuple(level.table.entries for level in lv), lv[S]["count"], lv[SS]["count"], lv[E]["count"],
-                lv[ES]["count"], lv[O]["beat"], numbers, begin, end,
+                lv[ES]["count"], lv[O]["beat"], numbers, begin, min(begin + _THREADED, c),
             )  # fmt: skip
 
-        self._together(c, part(0, c // 2), part(c // 2, c))
+        self._together(c, *(partial(part, begin) for begin in range(0, c, _THREADED)))
         return ContactTerms(*numbers)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

@@ -85,7 +85,7 @@ def volume(run, rows, memory, count, scratch, out):  # type: ignore[no-untyped-d
             prefetch(scratch, rows.row[soon])
             if count[i] < 0:
                 continue
-            y = math.log1p(count[i])
+            y = math.log(1.0 + count[i])
             for way in range(ways):
                 r = rows.row[(run.of_flow[i] - run.first) * ways + way]
                 scratch[r, _Y_SUM] += y
