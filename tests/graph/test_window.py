@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowsage.graph.flows import FlowBatch, merge
-from flowsage.graph.window import _WITNESSES, WindowBuffer, WindowCounters
+from flowsage.graph.watermark import _WITNESSES
+from flowsage.graph.window import WindowBuffer, WindowCounters
 from tests.graph.generate import START_NS, handmade, power_law
 
 W = 100
