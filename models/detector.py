@@ -76,8 +76,8 @@ class Detector:
         self.history = History(self.config.history)
         self.alarms = Alarms(self.config.alarms)
         self.prior = MeetingPrior(self.config.meeting, self.alarms.internal) if self.config.graph else None
-        self._folded: list[tuple[FlowBatch, Contacts]] = []
-        """Flows of the last two panes (windows close one late), and their contacts."""
+        self._folded: tuple[FlowBatch, Contacts] | None = None
+        """Flows of the last pane, and their contacts."""
         self._introduce()
 
     def _introduce(self) -> None:
@@ -91,7 +91,7 @@ class Detector:
         now_ns is event time: it never goes back, and moves on without flows too, so that findings can close.
         """
         seen = contacts(arrived, ALL_TIME)
-        self._folded = [*self._folded[-1:], (arrived, seen)]
+        self._folded = arrived, seen
         looked = self.history.lookup(seen)
         return self.alarms.step(now_ns, seen, looked, self._misplaced(seen, looked.known == 0))
 
@@ -147,15 +147,12 @@ class Detector:
 
     def _fold(self, flows: FlowBatch) -> Contacts:
         """Contacts of closed windows. Where one pane was all of one window, as in a file of few flows, it has them."""
-        window_ns = self.config.window_ns
-        for at, (arrived, seen) in enumerate(self._folded):
-            if arrived is flows and len(flows) and len(seen.windows) == 1:
-                del self._folded[: at + 1]
-                first, last = (int(flows.start_ns[k]) // window_ns for k in (0, -1))
-                if first == last:
-                    window = np.full(len(seen), first, np.int64)
-                    return Contacts(**(vars(seen) | {"window": window, "windows": np.array([first], np.int64)}))
-                break
+        window_ns, folded, self._folded = self.config.window_ns, self._folded, None
+        if folded is not None and folded[0] is flows and len(flows) and len(folded[1].windows) == 1:
+            first, last = (int(flows.start_ns[k]) // window_ns for k in (0, -1))
+            if first == last:
+                window = np.full(len(folded[1]), first, np.int64)
+                return Contacts(**(vars(folded[1]) | {"window": window, "windows": np.array([first], np.int64)}))
         return contacts(flows, window_ns)
 
     def _misplaced(self, seen: Contacts, first: npt.NDArray[np.bool_]) -> Float64:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,24 +81,42 @@ class FlowFile:
 
     def steps(self, pane_ns: int, rows: int = 1 << 17) -> Iterator[Step]:
         """The file as panes of event time that hold at least one flow, whatever `rows` is."""
+        return with_watermarks(self._panes(pane_ns, rows))
+
+    def _panes(self, pane_ns: int, rows: int) -> Iterator[tuple[int, FlowBatch]]:
         held: list[FlowBatch] = []
         for batch in self.batches(rows):
             panes = batch.start_ns // pane_ns
             cuts = (np.flatnonzero(np.diff(panes)) + 1).tolist()
             if held and held[0].start_ns[0] // pane_ns != panes[0]:
-                yield _step(held, pane_ns)
+                yield _pane(held, pane_ns)
                 held = []
             for begin, end in zip([0, *cuts], cuts, strict=False):
-                yield _step([*held, batch.take(slice(begin, end))], pane_ns)
+                yield _pane([*held, batch.take(slice(begin, end))], pane_ns)
                 held = []
             held.append(batch.take(slice(cuts[-1] if cuts else 0, len(batch))))
         if held:
-            yield _step(held, pane_ns)
+            yield _pane(held, pane_ns)
 
 
-def _step(parts: list[FlowBatch], pane_ns: int) -> Step:
+def with_watermarks(panes: Iterable[tuple[int, FlowBatch]]) -> Iterator[Step]:
+    """Panes (end in ns, flows in time order) as steps.
+
+    As live, a pane is looked at once something later has come, and by then it is known that nothing comes before that:
+    a window closes with its last pane, not with the first one after it.
+    """
+    before: tuple[int, FlowBatch] | None = None
+    for now_ns, flows in panes:
+        if before is not None:
+            yield Step(before[1], before[0], int(flows.start_ns[0]))
+        before = now_ns, flows
+    if before is not None:
+        yield Step(before[1], before[0], before[0])
+
+
+def _pane(parts: list[FlowBatch], pane_ns: int) -> tuple[int, FlowBatch]:
     now = int(parts[0].start_ns[0] // pane_ns + 1) * pane_ns
-    return Step(merge(parts) if len(parts) > 1 else parts[0], now, now)
+    return now, merge(parts) if len(parts) > 1 else parts[0]
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ import torch
 from flowsage.collector.errors import ModelError, UsageError
 from flowsage.graph.addresses import Internal
 from flowsage.graph.flows import merge
+from flowsage.graph.window import in_order
 from flowsage.models import artifact
 from flowsage.models.detector import Detector
 from flowsage.models.meeting import MeetingPrior
@@ -35,7 +36,7 @@ from flowsage.models.training import VIEW_STEPS, Rehearsal, RehearsalConfig
 from flowsage.pipelines.config import Settings
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.scorer import Scorer, detector_config
-from flowsage.pipelines.sources import FlowFile, Step
+from flowsage.pipelines.sources import FlowFile, Step, with_watermarks
 from flowsage.pipelines.topic_flows import copy_range
 from flowsage.pipelines.topics import flows_topic
 from flowsage.pipelines.world import World
@@ -229,9 +230,8 @@ class _Lead:
         """The panes of all files together, in time order."""
         pane = self.settings.windows.pane
         merged = heapq.merge(*(file.steps(pane) for file in self.files), key=lambda step: step.now_ns)
-        for now_ns, parts in itertools.groupby(merged, key=lambda step: step.now_ns):
-            flows = [part.flows for part in parts]
-            yield Step(merge(flows) if len(flows) > 1 else flows[0], now_ns, now_ns)
+        together = itertools.groupby(merged, key=lambda step: step.now_ns)
+        return with_watermarks((now, in_order(merge([part.flows for part in parts]))) for now, parts in together)
 
     def write(self) -> None:
         """The model, in its place; the checkpoint goes."""
