@@ -8,6 +8,7 @@ import numba
 
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.gaps import add_gap
+from flowsage.models.history_scores import L_SOURCES
 from flowsage.models.key_levels import (
     E_GAPS,
     E_LAST,
@@ -54,6 +55,7 @@ def beat(  # type: ignore[no-untyped-def]
     llr,
     z_out,
     zc_out,
+    looked,
 ):
     """LLR, Z and Zc of each directed flow [n·ways] (given as zeros).
 
@@ -61,10 +63,14 @@ def beat(  # type: ignore[no-untyped-def]
     · (1 − other regular pairs of svc/(pairs + 1))/(1 + 2 sd ln(1+bytes_fwd) of es) · (1 − once/flows of es): the beat
     is the pair's, and who tries a port after the other at regular intervals has none on any of them;
     Zc = −ln((other pairs whose largest Z is at least as large + 1)/(pairs + 1)), by quarters (`tops` i64[65]: how many
-    pairs have each largest Z, and how many pairs there are).
+    pairs have each largest Z, and how many pairs there are). looked f8[5, c] gets the sources of o before the window,
+    unless it has no columns.
     """
     ways = run.ways
     for w in range(len(run.windows)):
+        if looked.shape[1] > 0:
+            for c in range(run.offsets[w], run.offsets[w + 1]):
+                looked[L_SOURCES, c] = offered[o_slot[c * ways], O_SOURCES]
         last = run.flow_offsets[w + 1] - 1
         for i in range(run.flow_offsets[w], last + 1):
             later = (run.of_flow[min(i + 2 * AHEAD, last)] - run.first) * ways

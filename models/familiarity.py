@@ -12,6 +12,7 @@ import numpy.typing as npt
 from flowsage.graph import memory
 from flowsage.graph.flows import SERVICE_BITS, Int32
 from flowsage.graph.prefetch import prefetch
+from flowsage.models.history_scores import L_C_SS, L_KNOWN, L_PAIR, L_SERVICE
 from flowsage.models.key_levels import (
     ES_ALL,
     ES_ANSWERED,
@@ -136,7 +137,7 @@ class Scratch(NamedTuple):
 
 @numba.njit(cache=True, nogil=True)
 def familiarity(  # type: ignore[no-untyped-def]
-    run, seen, rows, counts, loads, scratch, pool, ranks, svc_ranks, weights, sums, terms, before
+    run, seen, rows, counts, loads, scratch, pool, ranks, svc_ranks, weights, sums, terms, before, looked
 ):
     """Terms of each directed contact v, and the counts after each window.
 
@@ -145,7 +146,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     all rows of s so far, and their number; services so far. ranks i64[64],
     svc_ranks i32[slots, 64]: first-meeting tokens with D in this bucket or above. weights
     f8[20]. Out: sums f8[v, 4] (`contact_sums`), terms f8[20, v] (`TERMS`) unless it has no columns, before f8[c]:
-    earlier windows of es (forward way).
+    earlier windows of es (forward way), looked f8[5, c] (`ContactTerms` of it, but for the sources) unless it has none.
 
     With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
     B_s, B_ss    `active`, n kept windows of s, ss
@@ -382,6 +383,11 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, D] = o_n[o_rows.row[v], 2]
                 if way == 0:
                     before[c] = es_n[es, 1]
+                    if looked.shape[1] > 0:
+                        looked[L_KNOWN, c] = es_n[es, 1]
+                        looked[L_PAIR, c] = e_n[e_rows.row[v], 0]
+                        looked[L_SERVICE, c] = ss_n[ss, 6]
+                        looked[L_C_SS, c] = ss_n[ss, 3]
             if ways == 2:
                 line[0, DC] = line[1, DC] = min(line[0, DC], line[1, DC])
             for way in range(ways):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from flowsage.models.history_scores import ContactTerms, Float64, HistoryScores,
 from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S, assign_together
 from flowsage.models.keys import NEVER, Int32, Int64
 from flowsage.models.rarity import BUCKETS
-from flowsage.models.recall import FIELDS, recall
+from flowsage.models.recall import recall
 from flowsage.models.scoring import score
 from flowsage.models.terms import TERMS
 from flowsage.models.volume import volume
@@ -93,16 +93,17 @@ class History:
         """Bytes of memory of keys."""
         return sum(level.nbytes for level in self.levels)
 
-    def score(self, flows: FlowBatch, contacts: Contacts, *, terms: bool = True) -> HistoryScores:
+    def score(self, flows: FlowBatch, contacts: Contacts, *, terms: bool = True, looked: bool = False) -> HistoryScores:
         """Scores of a run of closed windows, which are then learnt.
 
-        Without `terms`, only the scores are kept, and not what they are made of: that takes a third of the room.
+        Without `terms`, only the scores are kept, and not what they are made of: that takes a third of the room. With
+        `looked`, what `lookup` would have said before each window is told too.
         `contacts` are those of `flows`, which are in time order. Raises ValueError where a window is not later than
         the last one learnt, or where flows and contacts do not belong together.
         """
         self._check(flows, contacts)
         ways = 1 + self.config.undirected
-        out = Outputs.empty(len(contacts), len(flows), ways, terms=terms)
+        out = Outputs.empty(len(contacts), len(flows), ways, terms=terms, looked=looked)
         hosts: list[tuple[Int32, Int64, Float64]] = []
         begin = 0
         while begin < len(contacts.windows):
@@ -129,6 +130,7 @@ class History:
             window=window,
             score=score,
             parts=Parts(ways, contacts.of_flow, capped, flows.failed, out, self.config.weights) if terms else None,
+            looked=ContactTerms(*out.looked) if looked else None,
         )
 
     def _chunk(self, run: Run, flows: FlowBatch, out: Outputs) -> tuple[Int32, Int64, Float64]:
@@ -148,7 +150,7 @@ class History:
             familiarity(
                 run, self.windows, tuple(rows), counts, (levels[O]["load"], self._loads, self._peers), scratch,
                 self._pool, self._ranks, levels[SVC]["rank"],
-                self._weights[0], sums, out.terms, out.known,
+                self._weights[0], sums, out.terms, out.known, out.looked,
             )  # fmt: skip
 
         def beats() -> None:
@@ -156,7 +158,7 @@ class History:
                 run, _frozen(flows.start_ns), _frozen(flows.bytes_fwd),
                 rows[E].slot, rows[ES].slot, rows[O].slot, rows[SVC].slot,
                 levels[E]["beat"], levels[ES]["beat"], levels[O]["beat"], levels[SVC]["beat"], self._tops,
-                self.config.weights.once, out.llr, out.z, out.zc,
+                self.config.weights.once, out.llr, out.z, out.zc, out.looked,
             )  # fmt: skip
 
         size = len(run.src) * run.ways + len(flows)
@@ -184,7 +186,7 @@ class History:
     def lookup(self, contacts: Contacts) -> ContactTerms:
         """What is known of contacts now, as of the last window learnt; nothing is learnt from them."""
         c, lv = len(contacts), self.levels
-        numbers = np.empty((len(FIELDS), c))
+        numbers = np.empty((len(fields(ContactTerms)), c))
         columns = tuple(_frozen(a) for a in (contacts.src, contacts.dst, contacts.service, contacts.hosts.hash))
 
         def part(begin: int) -> None:

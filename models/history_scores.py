@@ -45,6 +45,10 @@ class ContactTerms:
         return ContactTerms(*(getattr(self, f.name)[part] for f in fields(ContactTerms)))
 
 
+L_KNOWN, L_PAIR, L_SERVICE, L_C_SS, L_SOURCES = range(len(fields(ContactTerms)))
+"""Rows of the array that kernels fill for `ContactTerms`."""
+
+
 @dataclass(frozen=True)
 class HistoryScores:
     """Scores of a run: c contacts, n flows in the run's order, k windows of hosts."""
@@ -63,6 +67,8 @@ class HistoryScores:
     """[k] ¾ of the highest, ¼ of the mean of the distinct peers' highest flow scores."""
     parts: Parts | None = field(repr=False)
     """None where only the scores were kept."""
+    looked: ContactTerms | None = field(default=None, repr=False)
+    """[c] what `History.lookup` would have said of each contact just before its window, where that was asked for."""
 
     @cached_property
     def terms(self) -> dict[str, Float64]:
@@ -86,10 +92,12 @@ class Outputs(NamedTuple):
     flow_score: Float64
     """[n]"""
     beacon_score: Float64
+    looked: Float64
+    """[5, c] by `L_KNOWN` and the others, or [5, 0]."""
 
     @classmethod
-    def empty(cls, c: int, n: int, ways: int, *, terms: bool) -> Outputs:
-        """Room for a run, with or without the terms of contacts.
+    def empty(cls, c: int, n: int, ways: int, *, terms: bool, looked: bool) -> Outputs:
+        """Room for a run, with or without the terms of contacts, and what was known of them before.
 
         Zeros where only what is not zero gets written; sparse ones where that is rare, so that most of it is never
         touched, and takes no memory. Volumes that nobody asks for are where the scores will be, which are made of them
@@ -101,21 +109,24 @@ class Outputs(NamedTuple):
         if terms or ways > 1:
             flow_score, beacon_score = (memory.empty(n, np.float64) for _ in range(2))
         llr, z, zc = (memory.sparse(n * ways, np.float64) for _ in range(3))
-        return cls(known, lines, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score)
+        before = memory.empty((len(fields(ContactTerms)), c * looked), np.float64)
+        return cls(known, lines, v_rev, v_fwd, llr, z, zc, flow_score, beacon_score, before)
 
     def part(self, of_c: slice, of_f: slice, ways: int) -> Outputs:
-        """Of some contacts and their flows: views, but for the terms, which kernels want in one piece (`keep`)."""
+        """Of some contacts and their flows: views, but for tables, which kernels want in one piece (`keep`)."""
         v, j = (slice(s.start * ways, s.stop * ways) for s in (of_c, of_f))
         return Outputs(
             self.known[of_c], _piece(self.terms[:, v]),
             self.v_rev[j], self.v_fwd[j], self.llr[j], self.z[j], self.zc[j],
-            self.flow_score[of_f], self.beacon_score[of_f],
+            self.flow_score[of_f], self.beacon_score[of_f], _piece(self.looked[:, of_c]),
         )  # fmt: skip
 
     def keep(self, part: Outputs, of_c: slice, ways: int) -> None:
-        """The terms of a part, back where they belong."""
+        """The tables of a part, back where they belong."""
         if len(part.known) < len(self.known) and self.terms.shape[1]:
             self.terms[:, of_c.start * ways : of_c.stop * ways] = part.terms
+        if len(part.known) < len(self.known) and self.looked.shape[1]:
+            self.looked[:, of_c] = part.looked
 
 
 def _piece(view: Float64) -> Float64:

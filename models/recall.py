@@ -7,22 +7,19 @@ import numpy as np
 
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.familiarity import known_child, new_child
+from flowsage.models.history_scores import L_C_SS, L_KNOWN, L_PAIR, L_SERVICE, L_SOURCES
 from flowsage.models.key_levels import ES, ES_ALL, O_SOURCES, S_SS, S_SS_NEW, SS, SS_ALL, E, O, S, level_key
 from flowsage.models.keys import LOWER, SLOT, home, position
 
 _BATCH = 32
 _ASKED = (S, SS, E, ES, O)
 
-FIELDS = ("known", "pair_known", "service_known", "C_ss", "sources")
-"""Rows of what `recall` returns."""
-_KNOWN, _PAIR, _SERVICE, _C_SS, _SOURCES = range(len(FIELDS))
-
 
 @numba.njit(cache=True, nogil=True)
 def recall(  # type: ignore[no-untyped-def]
     src, dst, service, hashes, entries, s_count, ss_count, e_count, es_count, o_beat, out, begin, end
 ):
-    """`FIELDS` of contacts begin to end into out f8[5, c].
+    """`ContactTerms` of contacts begin to end into out f8[5, c], a row each.
 
     As `familiarity` would say it of a window after those learnt; sources as of their end. `entries`: the tables of the
     six levels.
@@ -47,12 +44,12 @@ def recall(  # type: ignore[no-untyped-def]
         for i in range(size):
             c = batch + i
             s, ss, e, es, o = row[S, i], row[SS, i], row[E, i], row[ES, i], row[O, i]
-            out[_KNOWN, c] = es_count[es, ES_ALL] if es >= 0 else 0.0
-            out[_PAIR, c] = e_count[e, 0] if e >= 0 else 0.0
-            out[_SERVICE, c] = ss_count[ss, SS_ALL] if ss >= 0 else 0.0
+            out[L_KNOWN, c] = es_count[es, ES_ALL] if es >= 0 else 0.0
+            out[L_PAIR, c] = e_count[e, 0] if e >= 0 else 0.0
+            out[L_SERVICE, c] = ss_count[ss, SS_ALL] if ss >= 0 else 0.0
             tokens, distinct = (s_count[s, S_SS], s_count[s, S_SS_NEW]) if s >= 0 else (0.0, 0.0)
-            if out[_SERVICE, c] > 0.0:
-                out[_C_SS, c] = known_child(out[_SERVICE, c], tokens)
+            if out[L_SERVICE, c] > 0.0:
+                out[L_C_SS, c] = known_child(out[L_SERVICE, c], tokens)
             else:
-                out[_C_SS, c] = new_child(tokens, distinct)
-            out[_SOURCES, c] = o_beat[o, O_SOURCES] if o >= 0 else 0.0
+                out[L_C_SS, c] = new_child(tokens, distinct)
+            out[L_SOURCES, c] = o_beat[o, O_SOURCES] if o >= 0 else 0.0

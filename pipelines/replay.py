@@ -134,9 +134,7 @@ def _replay_flows(source: Path, settings: Settings, outputs: Outputs, *, as_json
     if file.reordered:
         click.echo(f"{source}: {file.reordered:,} rows go back in time; they were put in order", err=True)
     with ScoredRun(settings, outputs, as_json=as_json) as run:
-        for step in file.steps(settings.windows.pane):
-            run.scorer.take(step.flows, step.watermark_ns)
-            run.scorer.step(step.now_ns)
+        run.scorer.run(file.steps(settings.windows.pane))
         run.finish(file.rows)
     click.echo(f"{source}: {file.rows:,} flows; {run.summary()}", err=True)
 

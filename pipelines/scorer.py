@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from flowsage.pipelines.config import Settings
 from flowsage.pipelines.findings import SEVERITIES, version
 from flowsage.pipelines.metrics import Value
 from flowsage.pipelines.model import ModelDirectory
+from flowsage.pipelines.sources import Step, whole_windows
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ class Scorer:
         self._on_findings = on_findings
         self._on_closed, self._terms = on_closed, terms
         self._arrived: list[FlowBatch] = []
+        self._clocked = clock is not None
 
     def take(self, flows: FlowBatch, watermark_ns: int, sensor: str = "file") -> FlowBatch:
         """Flows of the pane that is filling; those of the sensor that start before watermark_ns have all been taken.
@@ -162,6 +164,30 @@ class Scorer:
         """The pane ends at now_ns: the alarms look at what was taken since the last one, and windows close."""
         self.look(now_ns)
         self.close_windows()
+
+    def run(self, steps: Iterable[Step]) -> None:
+        """`take` and `step` of one sensor's steps, such as a file's; windows that come whole are scored together."""
+        plain = self.model is not None or self._clocked or self.settings.windows.lateness > 0
+        for some in ([step] for step in steps) if plain else whole_windows(steps, self.settings.windows.window):
+            if len(some) == 1:
+                self.take(some[0].flows, some[0].watermark_ns)
+                self.step(some[0].now_ns)
+            else:
+                self._whole(some)
+
+    def _whole(self, steps: list[Step]) -> None:
+        """Steps that are each a whole window, while none is open."""
+        started = time.perf_counter()
+        flows = merge([step.flows for step in steps])
+        self.counters.consumed += len(flows)
+        taken = self.buffer.add(flows, "file", steps[-1].watermark_ns)
+        closed = self.buffer.close_ready()
+        assert closed is not None
+        assert len(flows) == len(taken) == len(closed)
+        found, windows = self.detector.whole(closed, [step.now_ns for step in steps], terms=self._terms)
+        self._publish(found)
+        self.counters.panes += len(steps)
+        self._scored(windows, started)
 
     def look(self, now_ns: int) -> None:
         """First half of `step`: the alarms look."""
@@ -210,8 +236,10 @@ class Scorer:
         if flows is None or not len(flows):
             return
         started = time.perf_counter()
-        closed = self.detector.close(flows, terms=self._terms)
-        self.counters.scored += len(flows)
+        self._scored(self.detector.close(flows, terms=self._terms), started)
+
+    def _scored(self, closed: ClosedWindows, started: float) -> None:
+        self.counters.scored += len(closed.flows)
         self.counters.windows += len(closed.contacts.windows)
         self.counters.window_seconds += time.perf_counter() - started
         if self._on_closed is not None:

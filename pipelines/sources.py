@@ -21,6 +21,10 @@ READ = (
 """Columns of a flow file that are read. Labels are not among them."""
 
 
+_FLOWS, _WINDOWS = 1 << 16, 1 << 10
+"""Flows and windows of a file that are scored together at most."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Flows that became known up to `now_ns`, and the time before which no more will come (`watermark_ns`)."""
@@ -112,6 +116,29 @@ def with_watermarks(panes: Iterable[tuple[int, FlowBatch]]) -> Iterator[Step]:
         before = now_ns, flows
     if before is not None:
         yield Step(before[1], before[0], before[0])
+
+
+def whole_windows(steps: Iterable[Step], window_ns: int) -> Iterator[list[Step]]:
+    """The steps one by one, but those that are each all flows of a window, with the next ones that are, together.
+
+    At most so many of them that a person sees it move on.
+    """
+    together, flows, open_until = list[Step](), 0, 0
+    for step in steps:
+        start = step.flows.start_ns
+        end = (int(start[-1]) // window_ns + 1) * window_ns
+        whole = int(start[0]) >= max(open_until, end - window_ns) and step.watermark_ns >= end
+        if together and (not whole or flows + len(start) > _FLOWS or len(together) == _WINDOWS):
+            yield together
+            together, flows = [], 0
+        if whole:
+            together.append(step)
+            flows += len(start)
+        else:
+            yield [step]
+        open_until = max(open_until, end)
+    if together:
+        yield together
 
 
 def _pane(parts: list[FlowBatch], pane_ns: int) -> tuple[int, FlowBatch]:

@@ -10,6 +10,7 @@ import pytest
 
 from flowsage.graph.flows import FlowBatch
 from flowsage.models.detector import ClosedWindows, Detector, DetectorConfig
+from flowsage.models.history import HistoryConfig
 from flowsage.models.meeting_config import MeetingConfig
 from tests.graph.generate import power_law
 
@@ -41,6 +42,31 @@ def test_the_first_half_is_scored_the_same_whatever_follows() -> None:
         assert np.array_equal(a.scores.flow_score, b.scores.flow_score)
         assert np.array_equal(a.tails, b.tails, equal_nan=True)
         assert np.array_equal(a.p_values, b.p_values, equal_nan=True)
+
+
+@pytest.mark.parametrize("undirected", [False, True])
+def test_windows_that_come_whole_are_told_the_same_together_as_one_by_one(undirected: bool) -> None:
+    batch = dataclasses.replace(flows(), told=np.ones(6_000, np.bool_))
+    alarms = dataclasses.replace(DetectorConfig().alarms, time_scale=15.0)
+    config = DetectorConfig(meeting=EARLY, alarms=alarms, history=HistoryConfig(undirected=undirected, max_keys=300))
+    single, together = Detector(config), Detector(config)
+    windows = batch.start_ns // WINDOW_NS
+    found, closed = [], []
+    for w in np.unique(windows):
+        part = batch.take(np.flatnonzero(windows == w))
+        found += single.pane(int(w + 1) * WINDOW_NS, part)
+        closed.append(single.close(part, terms=True))
+    named, whole = together.whole(batch, [int(w + 1) * WINDOW_NS for w in np.unique(windows)], terms=True)
+    assert found == named
+    for name in ("flow_score", "beacon_score", "known"):
+        assert np.array_equal(getattr(whole.scores, name), np.concatenate([getattr(c.scores, name) for c in closed]))
+    assert np.array_equal(whole.tails, np.concatenate([c.tails for c in closed]), equal_nan=True)
+    assert np.array_equal(whole.p_values, np.concatenate([c.p_values for c in closed]), equal_nan=True)
+    for name, term in whole.scores.terms.items():
+        assert np.array_equal(term, np.concatenate([c.scores.terms[name] for c in closed])), name
+    (one, told), (other, told_together) = single.state(), together.state()
+    assert told == told_together
+    assert all(np.array_equal(a, other[name], equal_nan=a.dtype.kind == "f") for name, a in one.items())
 
 
 def test_the_graph_speaks_only_of_first_meetings_and_only_once_it_is_ready() -> None:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flowsage.collector.errors import InputError, SchemaError
-from flowsage.pipelines.sources import FlowFile
+from flowsage.pipelines.sources import FlowFile, whole_windows
 
 SECOND = 10**9
 
@@ -31,6 +31,17 @@ def test_steps_are_panes_whatever_the_size_of_a_batch(tmp_path: Path) -> None:
     assert all(now % (10 * SECOND) == 0 for now, _ in reference)
     for rows in (1, 7, 64, 999):
         assert [(s.now_ns, s.flows.row.tolist()) for s in FlowFile(path).steps(10 * SECOND, rows)] == reference
+
+
+def test_a_window_closes_with_its_last_pane_and_those_that_are_one_pane_come_together(tmp_path: Path) -> None:
+    seconds = [1, 2, 61, 118, 119, 125, 200, 207, 600, 601]
+    hosts = [f"h{i}" for i in range(len(seconds))]
+    path = write(tmp_path / "flows.parquet", start_ns=[s * SECOND for s in seconds], src_ip=hosts, dst_ip=hosts[::-1])
+    steps = list(FlowFile(path).steps(10 * SECOND))
+    assert [s.now_ns // SECOND for s in steps] == [10, 70, 120, 130, 210, 610]
+    assert [s.watermark_ns // SECOND for s in steps] == [61, 118, 125, 200, 600, 610], "the next flow, at last the end"
+    together = [[s.now_ns // SECOND for s in some] for some in whole_windows(steps, 60 * SECOND)]
+    assert together == [[10], [70], [120], [130, 210], [610]], "the last window may go on"
 
 
 def test_rows_that_go_back_in_time_are_put_in_order_and_keep_their_row_number(tmp_path: Path) -> None:
