@@ -75,7 +75,7 @@ class LiveScoring:
     """Scores what is in the log of this process, and writes the findings as they come."""
 
     def __init__(self, settings: Settings, log: Log, writer: LineWriter, metrics: Metrics) -> None:
-        from flowsage.pipelines.score import Scoring
+        from flowsage.pipelines.scoring import Scoring
 
         self._scoring = Scoring(settings, log, metrics=metrics, restarts=False)
         self._findings = log.consumer("output", anomalies_topic(settings.kafka.prefix))

@@ -3,7 +3,7 @@
 Everything here follows from the records: the clock is the log's own (when each record was appended), panes end when the
 time that all sensors have reached passes their end, windows by their watermarks. Whoever reads the same records from
 the same state gets the same findings, byte for byte, however they were cut into polls. Nothing here reads or writes the
-log; `pipelines/score.py` does.
+log; `pipelines/scoring.py` does.
 
 Of every record exactly one thing becomes: its flows are taken, it repeats a batch that was taken (*duplicate*), or it
 cannot be read (*dead letter*). Of every flow taken: scored, late, refused, or in an open window.

@@ -24,7 +24,7 @@ from flowsage.graph.window import WindowBuffer
 from flowsage.pipelines.config import Settings, load
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.outcome import Progress
-from flowsage.pipelines.score import Scoring
+from flowsage.pipelines.scoring import Scoring
 from flowsage.pipelines.site import read_columns
 from flowsage.pipelines.subscription import Subscription
 from flowsage.pipelines.topics import flows_topic, look_after, topics

@@ -23,7 +23,7 @@ from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
 from flowsage.pipelines.model import ModelDirectory
 from flowsage.pipelines.outcome import Progress
-from flowsage.pipelines.score import Scoring
+from flowsage.pipelines.scoring import Scoring
 from flowsage.pipelines.site import Site
 from flowsage.pipelines.state import Snapshot, SnapshotStore
 from flowsage.pipelines.topics import anomalies_topic, dlq_topic, embeddings_topic, flows_topic
@@ -516,6 +516,8 @@ def test_a_model_directory_that_has_moved_is_the_same_and_another_is_taken_in_wh
 
 
 def wait_for_model(model: ModelDirectory) -> None:
+    """Until what is in the directory is loaded; it would be looked at when the next pane ends, and not waited for."""
+    assert model.renewed(-1, None) is None
     if model._loading is not None:
         model._loading.exception(60)
 
