@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowsage.pipelines.config import Settings
     from flowsage.pipelines.monitoring import EBPFMonitoring, create_ebpf_monitoring
+    from flowsage.pipelines.settings import Settings
     from flowsage.pipelines.subscription import DetectionFinding, Subscription, subscribe
 
 __all__ = ["DetectionFinding", "EBPFMonitoring", "Settings", "Subscription", "create_ebpf_monitoring", "subscribe"]
@@ -16,7 +16,7 @@ __all__ = ["DetectionFinding", "EBPFMonitoring", "Settings", "Subscription", "cr
 _MODULE_OF = {
     "DetectionFinding": "subscription",
     "EBPFMonitoring": "monitoring",
-    "Settings": "config",
+    "Settings": "settings",
     "Subscription": "subscription",
     "create_ebpf_monitoring": "monitoring",
     "subscribe": "subscription",

@@ -19,10 +19,10 @@ from kafka.partitioner import murmur2
 
 from flowsage.collector.errors import ConfigurationError, LogError, LogUnavailableError
 from flowsage.collector.sink import Headers
-from flowsage.pipelines.config import KafkaSettings
 from flowsage.pipelines.kafka_client import NO_TOPIC, abandon, connect, translated, translating
 from flowsage.pipelines.kafka_consumer import KafkaConsumer, committed_of, kafka_offsets, partitions_of
 from flowsage.pipelines.log import Committed, Consumer, Log, Offsets, OnPartitions, Transaction, Transactor
+from flowsage.pipelines.settings import KafkaSettings
 
 MAX_RECORD_BYTES = 64 << 20
 """The largest record that we send; what each topic takes is its own affair."""

@@ -11,10 +11,10 @@ from flowsage.collector.agent import Agent
 from flowsage.collector.collect import summary
 from flowsage.collector.records import FLOW_SCHEMA
 from flowsage.collector.sink import Origin, Sink
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.lab import Lab, LabSettings, label_flows, run_lab
 from flowsage.pipelines.outputs import write_parquet
 from flowsage.pipelines.sensor import agent_settings
+from flowsage.pipelines.settings import Settings
 
 
 class Kept(Sink):

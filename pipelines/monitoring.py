@@ -10,13 +10,11 @@ sees, by the same rule as `xdp_counter`, exactly; without, it is `xdp_counter` a
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,36 +24,23 @@ from flowsage.collector.errors import ConfigurationError, FlowsageError, Program
 from flowsage.collector.interface import in_namespace, read_interface
 from flowsage.collector.statistics import PROTOCOLS
 from flowsage.collector.xdp import EBPFAttachMode
-from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.config import load
 from flowsage.pipelines.metrics import Metrics, Value
+from flowsage.pipelines.settings import Settings
 
 if TYPE_CHECKING:
     from flowsage.collector.agent import Agent
     from flowsage.collector.loader import EBPFLoader
     from flowsage.pipelines.memory_log import MemoryLog
-    from flowsage.pipelines.run import LiveScoring
+    from flowsage.pipelines.streaming import Streaming
 
 logger = logging.getLogger(__name__)
 
-FINDINGS_KEPT = 100
 NOT_ASKED = "not asked for"
 
 
 class NothingToMonitorError(FlowsageError):
     """Nothing of what was asked for can run here."""
-
-
-class RecentFindings:
-    """The last findings that were told (OCSF), in place of a file."""
-
-    def __init__(self) -> None:
-        self.last: deque[dict[str, Any]] = deque(maxlen=FINDINGS_KEPT)
-        self.told = 0
-
-    def write_json(self, line: str) -> None:
-        """Remember it."""
-        self.told += 1
-        self.last.append(json.loads(line))
 
 
 class EBPFMonitoring:
@@ -85,16 +70,12 @@ class EBPFMonitoring:
         self._netns = netns
         self._counting = enable_xdp_counter
         self._lock = threading.RLock()
-        self._agent: Agent | None = None
+        self._streaming: Streaming | None = None
         self._loader: EBPFLoader | None = None
         self._program_id = 0
-        self._scoring: LiveScoring | None = None
-        self._thread: threading.Thread | None = None
-        self._stopped = threading.Event()
         self._log: MemoryLog | None = None
         self._streaming_off = "" if enable_graphsage_streaming else NOT_ASKED
         self._final: dict[str, tuple[int, int]] | None = None
-        self.findings = RecentFindings()
         self.metrics = Metrics()
         with in_namespace(netns):
             read_interface(interface)  # one that is not there is an error, whatever else is missing
@@ -108,6 +89,8 @@ class EBPFMonitoring:
 
     def _start(self) -> None:
         if not self._streaming_off:
+            from flowsage.pipelines.streaming import missing_model
+
             self._streaming_off = missing_model(self.settings)
         if not self._streaming_off:
             try:
@@ -134,48 +117,24 @@ class EBPFMonitoring:
         self.metrics.add(self._counter_metrics)
 
     def _start_streaming(self) -> None:
-        """As `flowsage run`: the sensor in a thread, the log in memory, scoring in another thread."""
-        from flowsage.collector.agent import Agent
-        from flowsage.collector.publish import Publisher
         from flowsage.pipelines.memory_log import MemoryLog
-        from flowsage.pipelines.run import LiveScoring, sensor_metrics
-        from flowsage.pipelines.sensor import agent_settings
-        from flowsage.pipelines.topics import flows_topic
+        from flowsage.pipelines.streaming import Streaming
 
-        log = self._log = MemoryLog()
-        sensor = agent_settings(self.settings, interfaces=(self.interface,), netns=self._netns)
-        # Nothing of it outlives this process.
-        sensor = replace(sensor, heartbeat_interval=self.settings.windows.pane // 2, pins=None)
-        agent = Agent(sensor, Publisher(log, sensor=sensor.name, topic=flows_topic(self.settings.kafka.prefix)))
-        agent.start()
-        self._agent = agent
-        self.metrics.add(lambda: sensor_metrics(agent))
-        scoring = self._scoring = LiveScoring(self.settings, log, self.findings, self.metrics)
-        self.metrics.add(scoring.snapshot)
-        self._thread = threading.Thread(target=self._score, args=(scoring,), name="flowsage-scoring", daemon=True)
-        self._thread.start()
+        self._log = MemoryLog()
+        self._streaming = Streaming(self.interface, self.settings, self._log, self.metrics, netns=self._netns)
 
-    def _score(self, scoring: LiveScoring) -> None:
-        try:
-            scoring.run(self._stopped, None)
-        except Exception as error:  # packets are counted on; records that nobody takes are lost, counted in the ledger
-            self._streaming_off = f"it has ended: {error}"
-            logger.exception("GraphSAGE streaming has ended")
+    @property
+    def _agent(self) -> Agent | None:
+        return None if self._streaming is None else self._streaming.agent
 
     def shutdown(self) -> None:
         """Stops, scores what is open, takes the program off. Idempotent; the last values stay readable."""
         with self._lock:
             if self._final is not None:
                 return
-            self._stopped.set()
-            if self._thread is not None:
-                self._thread.join()
             try:
-                if self._agent is not None:
-                    self._agent.stop()
-                    self._agent.join()
-                    if self._scoring is not None and not self._streaming_off:
-                        self._scoring.finish()
+                if self._streaming is not None:
+                    self._streaming.stop()
             finally:
                 final = dict.fromkeys(PROTOCOLS, (0, 0))
                 with suppress(FlowsageError):
@@ -222,6 +181,7 @@ class EBPFMonitoring:
         with self._lock:
             by_protocol = self._by_protocol() if self._counting else {}
             interface = self._interface()
+            streaming = self._streaming
             return {
                 "interface": self.interface,
                 "interface_state": interface,
@@ -229,10 +189,10 @@ class EBPFMonitoring:
                 "byte_counters": {name: octets for name, (_, octets) in by_protocol.items()},
                 "program": self._program(interface),
                 "state": self._state(),
-                "ledger": self._ledger(),
-                "graphsage": self._graphsage(),
-                "findings": list(self.findings.last),
-                "findings_told": self.findings.told,
+                "ledger": None if streaming is None else streaming.ledger(),
+                "graphsage": None if streaming is None else streaming.readiness(),
+                "findings": [] if streaming is None else list(streaming.findings.last),
+                "findings_told": 0 if streaming is None else streaming.findings.told,
             }
 
     def export_to_prometheus(self) -> str:
@@ -283,54 +243,13 @@ class EBPFMonitoring:
         by = "flow_xdp" if self._agent is not None else "xdp_counter"
         ended = "" if self.running else "shut down" if self._final is not None else "the sensor has ended: see the log"
         counter = ended if self._counting else NOT_ASKED
-        streaming = self._streaming_off or ended
+        scoring_ended = self._streaming.off if self._streaming is not None else ""
+        streaming = self._streaming_off or scoring_ended or ended
         return {
             "running": not ended,
             "xdp_counter": {"on": not counter, "by": by if self._counting else None, "reason": counter or None},
             "graphsage_streaming": {"on": not streaming, "reason": streaming or None},
         }
-
-    def _ledger(self) -> dict[str, Any] | None:
-        if self._agent is None:
-            return None
-        ledger = self._agent.snapshot()
-        return {
-            "packets": ledger.seen.packets,
-            "in_records": ledger.drained.packets,
-            "in_ring": ledger.in_ring.packets,
-            "in_table": ledger.in_table.packets,
-            "not_in_flows": {reason: count.packets for reason, count in ledger.reasons.items()},
-            "records": ledger.records_drained,
-            "records_lost": ledger.records_lost,
-            "closes": ledger.closes,
-        }
-
-    def _graphsage(self) -> dict[str, Any] | None:
-        if self._scoring is None:
-            return None
-        scorer = self._scoring.scorer
-        prior, alarms = scorer.detector.prior, scorer.detector.alarms.readiness()
-        return {
-            "graph_ready": prior is not None and prior.waiting is None,
-            "alarms_ready": alarms.ready,
-            "standing": scorer.standing(),
-            "flows": scorer.counters.consumed,
-            "windows": scorer.counters.windows,
-        }
-
-
-def missing_model(settings: Settings) -> str:
-    """Why GraphSAGE cannot run here, "" where it can. Imports it, which takes a second or two."""
-    if settings.model.prior == "none":
-        return "model.prior is none in the configuration"
-    try:
-        import torch  # noqa: F401
-
-        import flowsage.pipelines.scorer  # noqa: F401
-    except ImportError as error:
-        what = f"{error.name} is not installed" if error.name else str(error)
-        return f"{what}; `pip install 'flowsage[model]'` adds it"
-    return ""
 
 
 def create_ebpf_monitoring(

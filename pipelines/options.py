@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import click
 
 from flowsage.collector.errors import UsageError
-from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.config import load
+from flowsage.pipelines.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXISTING = click.Path(path_type=Path)

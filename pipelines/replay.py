@@ -18,8 +18,8 @@ from flowsage.collector.feed import CaptureFeed, capture_settings
 from flowsage.collector.ledger import Snapshot
 from flowsage.collector.program import FlowProgram
 from flowsage.collector.records import FLOW_SCHEMA, merge_same_flow
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.sensor import flow_settings
+from flowsage.pipelines.settings import Settings
 
 CAPTURE_MAGICS = (
     b"\xd4\xc3\xb2\xa1",

@@ -20,11 +20,11 @@ import click
 from flowsage.collector.agent import Agent
 from flowsage.collector.collect import stopped_by_signals, summary
 from flowsage.collector.publish import Publisher
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
 from flowsage.pipelines.metrics import Metrics, Value
 from flowsage.pipelines.sensor import agent_settings
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.topics import anomalies_topic, flows_topic
 
 if TYPE_CHECKING:

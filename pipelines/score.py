@@ -9,10 +9,10 @@ from contextlib import ExitStack
 import click
 
 from flowsage.collector.collect import stopped_by_signals
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.metrics import Metrics
 from flowsage.pipelines.scoring import Scoring
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.state import SnapshotStore
 from flowsage.pipelines.topics import flows_topic
 

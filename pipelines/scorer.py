@@ -22,10 +22,10 @@ from flowsage.models.detector import ClosedWindows, Detector, DetectorConfig
 from flowsage.models.finding import Finding
 from flowsage.models.history import HistoryConfig
 from flowsage.models.meeting_config import MeetingConfig
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.findings import SEVERITIES, version
 from flowsage.pipelines.metrics import Value
 from flowsage.pipelines.model import ModelDirectory
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.sources import Step, whole_windows
 
 logger = logging.getLogger(__name__)

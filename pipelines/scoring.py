@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from flowsage.collector.errors import ConfigurationError, FencedError, LogError, LogUnavailableError
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.log import Consumer, Log, LogRecord
 from flowsage.pipelines.metrics import Metrics, Value
 from flowsage.pipelines.outcome import Progress
 from flowsage.pipelines.scorer import scoring_metrics
 from flowsage.pipelines.seat import RETRY_S, Say, Seat, source_of, take_over
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.site import Site
 from flowsage.pipelines.state import SnapshotStore, SnapshotWriter
 from flowsage.pipelines.topics import flows_topic

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from flowsage.collector.errors import LogUnavailableError
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.log import Consumer, Log, LogRecord, Transactor
 from flowsage.pipelines.outcome import Outcome, Progress
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.site import Site
 from flowsage.pipelines.state import Snapshot, SnapshotWriter
 from flowsage.pipelines.topics import flows_topic

@@ -16,7 +16,7 @@ from flowsage.collector.collect import collect, summary
 from flowsage.collector.program import FlowSettings
 from flowsage.collector.publish import Publisher
 from flowsage.collector.spool import Spool
-from flowsage.pipelines.config import Settings
+from flowsage.pipelines.settings import Settings
 
 
 def agent_settings(settings: Settings, *, interfaces: tuple[str, ...] = (), netns: str | None = None) -> AgentSettings:

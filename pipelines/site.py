@@ -26,11 +26,11 @@ from flowsage.collector.sink import Origin
 from flowsage.graph.flows import FlowBatch, from_table
 from flowsage.models.detector import ClosedWindows, Detector
 from flowsage.models.finding import Finding
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.embeddings import embeddings_of
 from flowsage.pipelines.log import Committed, LogRecord
 from flowsage.pipelines.outcome import DeadLetter, Outcome, Progress
 from flowsage.pipelines.scorer import Scorer, detector_config
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.sources import READ
 
 VERSION = 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flowsage.collector.errors import LogError
-from flowsage.pipelines.config import KafkaSettings
+from flowsage.pipelines.settings import KafkaSettings
 
 if TYPE_CHECKING:
     from kafka import KafkaAdminClient

@@ -33,9 +33,9 @@ from flowsage.models import artifact
 from flowsage.models.detector import Detector
 from flowsage.models.meeting import MeetingPrior
 from flowsage.models.training import VIEW_STEPS, Rehearsal, RehearsalConfig
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.scorer import Scorer, detector_config
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.sources import FlowFile, Step, with_watermarks
 from flowsage.pipelines.topic_flows import copy_range
 from flowsage.pipelines.topics import flows_topic

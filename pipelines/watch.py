@@ -11,9 +11,9 @@ import click
 
 from flowsage.collector.collect import stopped_by_signals
 from flowsage.collector.errors import UsageError
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.readable import finding_lines
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.subscription import DetectionFinding, Subscription
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

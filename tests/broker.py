@@ -20,7 +20,7 @@ from pathlib import Path
 import kafka
 from kafka.errors import KafkaError
 
-from flowsage.pipelines.config import KafkaSettings
+from flowsage.pipelines.settings import KafkaSettings
 
 ROOT = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowsage" / "kafka"

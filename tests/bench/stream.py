@@ -21,10 +21,11 @@ from flowsage.collector.records import RECORD_DTYPE, to_batch
 from flowsage.collector.sink import Origin, serialise
 from flowsage.graph.flows import from_table
 from flowsage.graph.window import WindowBuffer
-from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.config import load
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.outcome import Progress
 from flowsage.pipelines.scoring import Scoring
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.site import read_columns
 from flowsage.pipelines.subscription import Subscription
 from flowsage.pipelines.topics import flows_topic, look_after, topics

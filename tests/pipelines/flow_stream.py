@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from flowsage.collector.sink import Origin, serialise
 from flowsage.pipelines.cli import LAB_DEFAULTS
-from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.config import load
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.topics import flows_topic
 from tests.models.alarm_streams import START, S, office, port_scan, table, worm
 

@@ -16,9 +16,10 @@ import torch
 
 from flowsage.models.detector import ClosedWindows
 from flowsage.models.finding import Finding
-from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.config import load
 from flowsage.pipelines.model import ModelDirectory
 from flowsage.pipelines.scorer import Scorer
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.sources import FlowFile, Step
 from flowsage.pipelines.train import TrainSettings, train
 from tests.pipelines.test_replay import START, flowsage, scan_flows

@@ -24,7 +24,8 @@ from flowsage.collector import (
 )
 from flowsage.collector.xdp import attached_program
 from flowsage.pipelines import EBPFMonitoring, create_ebpf_monitoring
-from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.config import load
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.topics import anomalies_topic
 from tests.bpf.support import build, needs_root, tcp, udp
 from tests.bpf.veth import VethPair, run, veth_pair

@@ -25,8 +25,8 @@ from flowsage.collector.publish import Publisher
 from flowsage.collector.records import packets_in
 from flowsage.collector.sink import Origin
 from flowsage.collector.spool import Spool
-from flowsage.pipelines.config import KafkaSettings
 from flowsage.pipelines.kafka import KafkaLog
+from flowsage.pipelines.settings import KafkaSettings
 from flowsage.pipelines.topics import flows_topic, look_after, topics
 from tests.broker import PASSWORD, Broker, make_brokers
 from tests.collector.test_publish import batch, noise
@@ -170,7 +170,7 @@ KILLED = """
     import sys
     sys.path.insert(0, sys.argv[1])
     from pathlib import Path
-    from flowsage.pipelines.config import KafkaSettings
+    from flowsage.pipelines.settings import KafkaSettings
     from tests.pipelines.test_publishing import Sensor
 
     sensor = Sensor(KafkaSettings(bootstrap_servers=(sys.argv[2],)), sys.argv[3], Path(sys.argv[4]), boot="first")
@@ -334,7 +334,7 @@ def test_a_topic_that_does_not_exist_is_said_to_be_missing_and_is_not_made_by_ac
 FAILING = """
     import gc, os, threading
     from flowsage.collector.errors import LogUnavailableError
-    from flowsage.pipelines.config import KafkaSettings
+    from flowsage.pipelines.settings import KafkaSettings
     from flowsage.pipelines.kafka import KafkaLog
 
     def held():

@@ -17,13 +17,13 @@ import pytest
 from flowsage.collector.errors import ConfigurationError
 from flowsage.collector.sink import serialise
 from flowsage.models import artifact
-from flowsage.pipelines.config import Settings
 from flowsage.pipelines.embeddings import embedding_records
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
 from flowsage.pipelines.model import ModelDirectory
 from flowsage.pipelines.outcome import Progress
 from flowsage.pipelines.scoring import Scoring
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.site import Site
 from flowsage.pipelines.state import Snapshot, SnapshotStore
 from flowsage.pipelines.topics import anomalies_topic, dlq_topic, embeddings_topic, flows_topic

@@ -18,10 +18,10 @@ from pathlib import Path
 import kafka
 import pytest
 
-from flowsage.pipelines.config import KafkaSettings, Settings
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.outcome import Progress
 from flowsage.pipelines.scoring import Scoring
+from flowsage.pipelines.settings import KafkaSettings, Settings
 from flowsage.pipelines.state import SnapshotStore
 from flowsage.pipelines.subscription import SEVERITIES, Subscription
 from flowsage.pipelines.topics import anomalies_topic, dlq_topic, embeddings_topic, flows_topic, look_after, topics

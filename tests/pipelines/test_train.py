@@ -19,9 +19,10 @@ import torch
 from flowsage.collector.errors import FlowsageError, InputError, ModelError
 from flowsage.models import artifact
 from flowsage.pipelines import train as training
-from flowsage.pipelines.config import Settings, load
+from flowsage.pipelines.config import load
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.memory_log import MemoryLog
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.site import read_columns
 from flowsage.pipelines.topic_flows import copy_range
 from flowsage.pipelines.topics import flows_topic
