@@ -234,9 +234,10 @@ def _require_bpffs(root: Path) -> None:
                 if not os.path.samefile("/proc/self/ns/mnt", "/proc/1/ns/mnt"):
                     logger.warning("%s is mounted for this mount namespace only: what is pinned ends with it", _BPFFS)
             return
-        reason = os.strerror(ct.get_errno())
-        raise KernelSupportError(
-            f"no BPF file system is mounted at {_BPFFS}, and it cannot be mounted ({reason}); as root, "
+        number = ct.get_errno()
+        kind = PrivilegeError if number in (errno.EPERM, errno.EACCES) else KernelSupportError
+        raise kind(
+            f"no BPF file system is mounted at {_BPFFS}, and it cannot be mounted ({os.strerror(number)}); as root, "
             f"`mount -t bpf bpf {_BPFFS}`, or work without pins (--no-pin)"
         )
     raise KernelSupportError(f"{root} is not on a BPF file system; pin under {_BPFFS}, or work without pins (--no-pin)")

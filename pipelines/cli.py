@@ -60,6 +60,12 @@ class Group(click.Group):
                 raise
             click.echo(f"flowsage: {name} is not installed; `pip install 'flowsage[{EXTRAS[name]}]'` adds it", err=True)
             ctx.exit(1)
+        except RuntimeError as e:
+            if "no locator available" not in str(e):  # numba's words where neither our folder nor ~/.cache will do
+                raise
+            said = "compiled kernels can be kept neither beside the package nor in ~/.cache"
+            click.echo(f"flowsage: {said}; set NUMBA_CACHE_DIR to a folder that this user may write to", err=True)
+            ctx.exit(1)
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(0)
@@ -176,7 +182,7 @@ def replay(source: Path, **options: Any) -> None:
 @click.option("--steps", type=click.IntRange(0), default=200, show_default=True, help="steps of rehearsal")
 @click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="batches a step, dealt out")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto: a GPU if there is one")
-@click.option("--checkpoint", type=click.IntRange(1), default=1 << 19, show_default=True, help="flows from one to next")
+@click.option("--checkpoint", type=click.IntRange(1), default=1 << 18, show_default=True, help="flows from one to next")
 @click.option("--restart", is_flag=True, help="forget a training that was interrupted")
 @model_options
 @config_options
@@ -201,15 +207,16 @@ def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
         raise UsageError("name what to learn from: flow files, or --from MOMENT for a time range of the topic")
     if begin is not None:
         need_kafka(settings)
-    from flowsage.pipelines.train import TrainSettings
+    from flowsage.pipelines.train import TrainSettings, interrupted
     from flowsage.pipelines.train import train as train_model
     from flowsage.pipelines.world import World
 
+    chosen = TrainSettings(**training)
     try:
-        train_model(flows, into, settings, TrainSettings(**training))
+        train_model(flows, into, settings, chosen)
     except KeyboardInterrupt:
         if World().leads:
-            click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+            click.echo(interrupted(into, chosen), err=True)
         sys.exit(130)
 
 

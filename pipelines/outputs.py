@@ -144,7 +144,9 @@ class FindingWriter:
         if str(target) == "-":
             self._stream = sys.stdout
             self._readable = sys.stdout.isatty() and not as_json
-        elif not self._parquet:
+        elif self._parquet:
+            require_writable(self._target)
+        else:
             self._stream = open_for_writing(self._target)
 
     @property
@@ -190,6 +192,16 @@ def open_for_writing(path: Path) -> IO[str]:
     """A text file to write, or an InputError that says why not."""
     try:
         return path.open("w", encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}") from e
+
+
+def require_writable(path: Path) -> None:
+    """Raises InputError where `write_parquet` would: now, rather than when all the work is done."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.open("ab").close()
+        part.unlink()
     except OSError as e:
         raise InputError(f"cannot write {path}: {e.strerror}") from e
 

@@ -182,10 +182,12 @@ class ScoredRun:
     """A scorer whose scores, host-windows and findings are written to files."""
 
     def __init__(self, settings: Settings, outputs: Outputs, *, as_json: bool) -> None:
-        from flowsage.pipelines.outputs import FindingWriter, HostTableWriter, ScoreTable
+        from flowsage.pipelines.outputs import FindingWriter, HostTableWriter, ScoreTable, require_writable
         from flowsage.pipelines.scorer import Scorer
 
         self._outputs = outputs
+        for path in filter(None, (outputs.scores, outputs.hosts)):
+            require_writable(path)
         self._scores = ScoreTable() if outputs.scores else None
         self._hosts = HostTableWriter(settings.windows.window) if outputs.hosts else None
         self._findings = FindingWriter(outputs.findings, as_json=as_json) if outputs.findings else None

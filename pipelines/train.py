@@ -15,6 +15,7 @@ import itertools
 import math
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +42,7 @@ from flowsage.pipelines.topic_flows import copy_range
 from flowsage.pipelines.topics import flows_topic
 from flowsage.pipelines.world import World
 
-CHECKPOINT_FLOWS = 1 << 19
+CHECKPOINT_FLOWS = 1 << 18
 """After so many flows a checkpoint is due, at the next moment when no window is open."""
 
 
@@ -58,6 +59,19 @@ class TrainSettings:
     end_ns: int | None = None
     partition: int | None = None
     """The time range [begin_ns, end_ns) of the flows' topic (and the partition, None: all) that is learnt from."""
+
+
+def checkpoint_of(model: Path) -> Path:
+    """Where the checkpoints of a training of `model` are."""
+    return model.with_name(f".{model.name}.training")
+
+
+def interrupted(model: Path, training: TrainSettings) -> str:
+    """What somebody who interrupts a training of `model` has to know."""
+    if checkpoint_of(model).exists():
+        return "interrupted; the same command goes on from the last checkpoint"
+    every = f"there is one every {training.checkpoint_flows:,} flows (--checkpoint)"
+    return f"interrupted before the first checkpoint, so the same command begins anew; {every}"
 
 
 @dataclass
@@ -141,6 +155,7 @@ class _Lead:
 
     def __init__(self, paths: tuple[Path, ...], model: Path, settings: Settings, training: TrainSettings) -> None:
         self.model, self.settings, self.training = model, settings, training
+        _require_room(model)
         span = f"{training.begin_ns}-{training.end_ns or 'now'}-{training.partition}"
         self.copy = model.with_name(f".{model.name}.{span}.parquet")
         if training.begin_ns is not None:
@@ -149,7 +164,7 @@ class _Lead:
         self.rows = sum(file.rows for file in self.files)
         if not self.rows:
             raise UsageError("there are no flows to learn from; name files that hold some")
-        self.beside = model.with_name(f".{model.name}.training")
+        self.beside = checkpoint_of(model)
         self.config = detector_config(settings)
         self.detector, self.progress = self._begin()
 
@@ -159,7 +174,6 @@ class _Lead:
         end_ns = training.end_ns if training.end_ns is not None else time.time_ns()
         if self.copy.exists() and not training.restart:
             return self.copy
-        self.model.absolute().parent.mkdir(parents=True, exist_ok=True)
         log = KafkaLog(kafka)
         try:
             topic = flows_topic(kafka.prefix)
@@ -247,6 +261,16 @@ class _Lead:
         shutil.rmtree(self.beside, ignore_errors=True)
         self.copy.unlink(missing_ok=True)
         click.echo(f"wrote {self.model}; try `flowsage run --model {self.model} …`", err=True)
+
+
+def _require_room(model: Path) -> None:
+    """Raises ModelError where no model directory can be made: now, rather than after an hour of learning."""
+    parent = model.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as e:
+        raise ModelError(f"cannot write the model {model}: {e.strerror}; name another --output") from e
 
 
 def _bar(shown: bool, length: int, label: str, done: int = 0) -> AbstractContextManager[Callable[[int], None]]:

@@ -8,13 +8,14 @@ import click
 
 from flowsage.pipelines.enterprise.simulate import Simulation, simulate
 from flowsage.pipelines.lab.truth import write_truth
-from flowsage.pipelines.outputs import write_parquet
+from flowsage.pipelines.outputs import require_writable, write_parquet
 
 
 def write_simulation(
     path: Path, *, days: float, hosts: int, repeats: int, seed: int, truth: Path | None = None
 ) -> None:
     """Simulate and write the flows to `path`, the truth to `truth`; a summary goes to stderr."""
+    require_writable(path)
     table, truths = simulate(Simulation(days=days, hosts=hosts, repeats=repeats, seed=seed))
     write_parquet(table, path)
     if truth is not None:

@@ -11,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from scapy.all import IP, TCP, UDP, Ether, Raw, wrpcap
+
+from flowsage.pipelines.cli import main
 
 SECOND = 10**9
 START = 1_700_000_040
@@ -198,6 +201,32 @@ def test_what_cannot_be_is_one_sentence_and_its_exit_code(arguments: list[str], 
     done = flowsage(*arguments, code=code)
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("option", ["--scores", "--hosts", "--findings"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(
+    option: str, scanned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowsage.pipelines.scorer.Scorer.take", lambda *_: pytest.fail("it has begun to score"))
+    target = tmp_path / "absent" / "out.parquet"
+    done = CliRunner().invoke(main, ["replay", str(scanned), option, str(target)])
+    assert (done.exit_code, done.stderr) == (1, f"flowsage: cannot write {target}: No such file or directory\n")
+
+
+def test_who_can_keep_no_compiled_kernels_is_told_what_to_set(
+    scanned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numba, where a function is made whose folder and whose user's home cannot be written to."""
+    from numba.core.caching import FunctionCache
+
+    def make(*_: object, **__: object) -> None:
+        monkeypatch.setattr(FunctionCache._impl_class, "_locator_classes", [])
+        FunctionCache(make)
+
+    monkeypatch.setattr("flowsage.pipelines.replay.replay", make)
+    done = CliRunner().invoke(main, ["replay", str(scanned), "--scores", str(tmp_path / "s.parquet")])
+    assert done.exit_code == 1
+    assert "set NUMBA_CACHE_DIR to a folder that this user may write to" in done.stderr
 
 
 def test_a_metrics_port_in_use_is_one_sentence() -> None:

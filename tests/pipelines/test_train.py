@@ -115,10 +115,12 @@ def test_a_training_that_was_interrupted_ends_with_the_same_bytes(
         return manifest
 
     target = tmp_path / "model"
+    assert "before the first checkpoint, so the same command begins anew" in training.interrupted(target, SMALL)
     monkeypatch.setattr(artifact, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(files, target, settings, SMALL)
     assert not target.exists()
+    assert training.interrupted(target, SMALL) == "interrupted; the same command goes on from the last checkpoint"
     train(files, target, settings, SMALL)
     assert contents(target) == contents(model)
     assert count > after
@@ -135,6 +137,14 @@ def test_what_is_left_of_another_training_is_refused_until_told_to_begin_anew(
     monkeypatch.undo()
     train(files[:1], target, settings, TrainSettings(steps=0, restart=True))
     assert artifact.read_manifest(target).trained["files"] == ["one.parquet"]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(
+    files: tuple[Path, Path], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training._Lead, "read", lambda _: pytest.fail("it has begun to read"))
+    with pytest.raises(ModelError, match=r"cannot write the model /proc/absent/model: .*; name another --output"):
+        train(files, Path("/proc/absent/model"), settings, SMALL)
 
 
 def test_two_processes_train_the_model_that_one_trains(model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
