@@ -20,19 +20,15 @@ import pyarrow.compute as pc
 from flowsage.collector.errors import SchemaError
 from flowsage.graph import columns, memory
 from flowsage.graph.columns import UNKNOWN, Bool, Int64
+from flowsage.graph.services import TCP, service_code
 
 __all__ = [
-    "ACK", "EPHEMERAL", "FAILED_STATES", "FIN", "HALF_OPEN_STATES", "LATEST_NS", "LOGIN_PORTS", "RST", "SERVICE_BITS",
-    "SYN", "TCP",
-    "UNKNOWN", "Bool", "FlowBatch", "FlowDetail", "HostTable", "Int32", "Int64", "UInt64",
-    "from_table", "hash_names", "merge", "service_code", "service_name",
+    "ACK", "FAILED_STATES", "FIN", "HALF_OPEN_STATES", "LATEST_NS", "RST", "SYN", "UNKNOWN",
+    "Bool", "FlowBatch", "FlowDetail", "HostTable", "Int32", "Int64", "UInt64", "from_table", "hash_names", "merge",
 ]  # fmt: skip
 
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
-
-EPHEMERAL = 32_768
-"""Lowest port that counts as a client's own choice (DETECTION: service)."""
 
 FAILED_STATES = ("S0", "REJ", "RSTOS0", "RSTRH", "SH")
 """Zeek conn_state values of a connection that was never established."""
@@ -40,17 +36,12 @@ FAILED_STATES = ("S0", "REJ", "RSTOS0", "RSTRH", "SH")
 HALF_OPEN_STATES = ("S0", "SH")
 """Those of them in which the responder never said anything."""
 
-LOGIN_PORTS = (21, 22, 23, 1433, 3306, 3389, 5432, 5900)
-"""TCP services that ask for a password."""
-
 LATEST_NS = 1 << 62
 """Times beyond this, either way, are not times: windows could not be counted in 64 bits."""
 
 _LARGE = 1 << 15
 """Flows from which memory is taken from what was used before."""
 
-TCP = 6
-SERVICE_BITS = 20
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 
 
@@ -150,31 +141,6 @@ def _rows(column: npt.NDArray[Any], index: npt.NDArray[np.intp] | slice) -> npt.
 def _joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """One after the other."""
     return np.concatenate(parts, out=memory.empty(sum(len(p) for p in parts), parts[0].dtype))
-
-
-def service_code(proto: Int32, src_port: Int32, dst_port: Int32) -> Int32:
-    """(protocol, port) as one number [n]: the port that was offered, as well as the flow tells.
-
-    A port at the source side only (dst >= 32768 > src) is a reversed service, both >= 32768 are one class.
-    """
-    port = dst_port.astype(np.int32, copy=True)
-    known = src_port >= 0
-    reverse = known & (dst_port >= EPHEMERAL) & (src_port < EPHEMERAL)
-    port[reverse] = src_port[reverse] + 100_000
-    port[known & (dst_port >= EPHEMERAL) & (src_port >= EPHEMERAL)] = 200_000
-    code: Int32 = (((proto.astype(np.int64) + 1) << SERVICE_BITS) | (port + 1)).astype(np.int32)
-    return code
-
-
-def service_name(code: int) -> str:
-    """Readable form of a `service_code`: "tcp/445", "udp/53 (reversed)", "tcp/ephemeral", "icmp"."""
-    proto, port = (code >> SERVICE_BITS) - 1, (code & ((1 << SERVICE_BITS) - 1)) - 1
-    name = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp", UNKNOWN: "any"}.get(proto, f"proto-{proto}")
-    if port == 200_000:
-        return f"{name}/ephemeral"
-    if port >= 100_000:
-        return f"{name}/{port - 100_000} (reversed)"
-    return name if port < 0 or proto in (1, 58) else f"{name}/{port}"
 
 
 @numba.njit(cache=True)

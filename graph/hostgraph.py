@@ -14,7 +14,8 @@ from flowsage.graph import aggregate, features, memory
 from flowsage.graph.addresses import Internal
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.features import EDGE_FEATURES, EDGE_NAMES, FEATURE_VERSION, NODE_FEATURES, NODE_NAMES
-from flowsage.graph.flows import Bool, FlowBatch, HostTable, Int32, service_name
+from flowsage.graph.flows import Bool, FlowBatch, HostTable, Int32
+from flowsage.graph.services import service_name
 
 if TYPE_CHECKING:
     import networkx

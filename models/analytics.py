@@ -14,8 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from flowsage.graph.build import on_ports
-from flowsage.graph.flows import SERVICE_BITS
+from flowsage.graph.services import TCP, is_reversed, on_ports, port_part, protocol_of
 from flowsage.models.prior import PRIOR
 
 F8 = npt.NDArray[np.float64]
@@ -201,14 +200,12 @@ def contributions(  # type: ignore[no-untyped-def]
     NaN where not asked.
     """
     out[:] = 0.0
-    tcp = (service >> SERVICE_BITS) - 1 == 6
-    port = (service & ((1 << SERVICE_BITS) - 1)) - 1
     out[BURST] = flows
     out[FAIL] = failed
     if new_pair:
         out[FAN] = 1.0
     # What our hosts send to the world is a small part of what its hosts receive; and answers are not sent on purpose.
-    if (inside[1] or not inside[0]) and not 100_000 <= port < 200_000:
+    if (inside[1] or not inside[0]) and not is_reversed(service):
         out[FLOOD] = flows
         out[FAIL_IN] = failed
         if new_pair:
@@ -217,7 +214,11 @@ def contributions(  # type: ignore[no-untyped-def]
         if answered > 0 or not told:
             out[SWEEP] = ANSWERED
         else:
-            out[SWEEP] = 1.0 if tcp and (inside[1] or port not in (80, 443)) else UNANSWERED
+            out[SWEEP] = (
+                1.0
+                if protocol_of(service) == TCP and (inside[1] or port_part(service) not in (80, 443))
+                else UNANSWERED
+            )
         out[PORTS] = 1.0
         if inside[0] and inside[1] and on_ports(service, ADMIN_PORTS):
             out[LATERAL] = 1.0

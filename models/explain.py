@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flowsage.graph.flows import SERVICE_BITS, service_name
+from flowsage.graph.services import parts_of, service_name
 from flowsage.models.analytics import (
     ANSWERED,
     BEACON,
@@ -64,13 +64,6 @@ class Explained:
     evidence: tuple[Evidence, ...] = field(default_factory=tuple)
     lead: str = ""
     """The analytic that it is told by, where that is not the one that raised the alarm."""
-
-
-def port_of(service: int) -> int | None:
-    """Port of a `service_code`, None for a class of ports and for what has none."""
-    port = (service & ((1 << SERVICE_BITS) - 1)) - 1
-    port = port - 100_000 if 100_000 <= port < 200_000 else port
-    return port if 0 <= port < 65_536 else None
 
 
 def amount(value: float, unit: str) -> str:
@@ -159,6 +152,7 @@ def explain(
     for g in order:
         mine = rows[first_row.ravel() == g]
         service = int(of[g, 2])
+        proto, port = parts_of(service)
         share = total[g] / max(float(total.sum()), 1e-12)
         evidence.append(
             Evidence(
@@ -166,8 +160,8 @@ def explain(
                 src=str(names[of[g, 0]]),
                 dst=str(names[of[g, 1]]),
                 service=service,
-                proto=(service >> SERVICE_BITS) - 1,
-                dst_port=port_of(service),
+                proto=proto,
+                dst_port=port,
                 observed=float(total[g]) * a.scale if beat is None else float(beat[2]),
                 expected=expected * float(share) if beat is None else 0.0,
                 unit=a.unit if beat is None else "beats",

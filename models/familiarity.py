@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph import memory
-from flowsage.graph.flows import SERVICE_BITS, Int32
+from flowsage.graph.flows import Int32
 from flowsage.graph.prefetch import prefetch
+from flowsage.graph.services import port_part
 from flowsage.models.history_scores import L_C_SS, L_KNOWN, L_PAIR, L_SERVICE
 from flowsage.models.key_levels import (
     ES_ALL,
@@ -39,6 +40,7 @@ from flowsage.models.key_levels import (
 )  # fmt: skip
 from flowsage.models.keys import AHEAD
 from flowsage.models.load import cold, load
+from flowsage.models.predictive import bucket, known_child, meeting_rank, new_child
 from flowsage.models.rarity import rarity
 from flowsage.models.terms import (
     A_0,
@@ -68,42 +70,7 @@ from flowsage.models.weights import CONSTANTS
 
 Float64 = npt.NDArray[np.float64]
 
-_THETA, _D, _POOLED = CONSTANTS.strength, CONSTANTS.discount, CONSTANTS.pooled
-_ALL, _OWN, _LAST = CONSTANTS.rank_all, CONSTANTS.rank_service, int(CONSTANTS.buckets) - 1
-_RARE = CONSTANTS.rare_windows
-_PORT = (1 << SERVICE_BITS) - 1
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def active(n, seen):  # type: ignore[no-untyped-def]
-    """B = −ln((n + ½)/(E + 1)): the Beta-Bernoulli predictive that a key active in n of E windows is active."""
-    return -math.log((n + 0.5) / (seen + 1.0))
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def new_child(tokens, distinct):  # type: ignore[no-untyped-def]
-    """C of a new child = −ln((θ + d U)/(θ + N)): Pitman-Yor over N tokens of U distinct children; θ 1, d ½."""
-    return -math.log((_THETA + _D * distinct) / (_THETA + tokens))
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def known_child(n, tokens):  # type: ignore[no-untyped-def]
-    """C of a child with n > 0 of N tokens = −ln((n − d)/(θ + N))."""
-    return -math.log((n - _D) / (_THETA + tokens))
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def bucket(d):  # type: ignore[no-untyped-def]
-    """Half-nat bucket of D."""
-    return min(_LAST, int(2.0 * d))
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def meeting_rank(d, k, n, k_service, n_service):  # type: ignore[no-untyped-def]
-    """dc = −ln p: p_all = (k + 20 e^−D)/(n + 20), p = (k_svc + 10 p_all)/(n_svc + 10); k of n tokens had D in this
-    bucket or above."""
-    everywhere = (k + _ALL * math.exp(-d)) / (n + _ALL)
-    return -math.log((k_service + _OWN * everywhere) / (n_service + _OWN))
+_POOLED, _RARE = CONSTANTS.pooled, CONSTANTS.rare_windows
 
 
 class Scratch(NamedTuple):
@@ -148,10 +115,11 @@ def familiarity(  # type: ignore[no-untyped-def]
     f8[20]. Out: sums f8[v, 4] (`contact_sums`), terms f8[20, v] (`TERMS`) unless it has no columns, before f8[c]:
     earlier windows of es (forward way), looked f8[5, c] (`ContactTerms` of it, but for the sources) unless it has none.
 
-    With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows:
-    B_s, B_ss    `active`, n kept windows of s, ss
-    K_ss         `active`, n windows in which ss met an es with a kept window before it
-    B_svc        `active`, n windows of svc; 0 as long as neither protocol nor port was ever known
+    With x = ln(1 + flows of the key in the window), E earlier windows, all over earlier windows, and
+    active = −ln((n + ½)/(E + 1)), the Beta-Bernoulli predictive that a key active in n of E windows is active:
+    B_s, B_ss    active, n kept windows of s, ss
+    K_ss         active, n windows in which ss met an es with a kept window before it
+    B_svc        active, n windows of svc; 0 as long as neither protocol nor port was ever known
     F_s, F_ss    x − (L + 3m)/(E + 3), L the key's sum of x, m mean x of the other keys (all s; ss of the same svc),
                  this window included
     C_ss         `new_child`/`known_child` of s's tokens (ss, window)
@@ -160,7 +128,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     C_es         [es new] `new_child` of ss's tokens (es, window); without ports instead C_e, the same of e under s
     F_0          (60/(60 + E))² (max(0, F_ss) + max(0, F_s)/2), if it has a weight
     F_1          −F_s as long as neither protocol nor port was ever known (F_ss is the same then), if it has a weight
-    B_self       [s = t] `active`, n windows of e
+    B_self       [s = t] active, n windows of e
     R_0          exp(−E/10) times `rarity` of s: what is known of it instead is soon more, and
     A_0          (60/(60 + E))² [TCP, and nothing was answered], both if they have a weight
     D            active(answered windows of o) + `new_child` of o's answered tokens (es, window)
@@ -358,7 +326,7 @@ def familiarity(  # type: ignore[no-untyped-def]
                 prefetch(ss_n, ss_rows.row[soon])
                 prefetch(o_n, o_rows.row[soon])
                 s, svc, ss, es = s_rows.row[v], svc_rows.row[v], ss_rows.row[v], es_rows.row[v]
-                new, ports = es_n[es, 1] == 0.0, (run.service[c] & _PORT) > 0
+                new, ports = es_n[es, 1] == 0.0, port_part(run.service[c]) >= 0
                 line[way, B_S] = s_t[s, 0]
                 line[way, B_SS] = ss_n[ss, 0]
                 line[way, K_SS] = ss_n[ss, 1]

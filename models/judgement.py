@@ -5,8 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from flowsage.graph.build import on_ports
 from flowsage.graph.prefetch import prefetch
+from flowsage.graph.services import on_ports
 from flowsage.models.analytics import DATABASE_PORTS, GUESS, MEETING
 from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowsage.graph.flows import service_name
+from flowsage.graph.services import service_name
 from flowsage.models.questions import Answers, Candidates
 
 

@@ -6,10 +6,10 @@ import numba
 import numpy as np
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.familiarity import known_child, new_child
 from flowsage.models.history_scores import L_C_SS, L_KNOWN, L_PAIR, L_SERVICE, L_SOURCES
 from flowsage.models.key_levels import ES, ES_ALL, O_SOURCES, S_SS, S_SS_NEW, SS, SS_ALL, E, O, S, level_key
 from flowsage.models.keys import LOWER, SLOT, home, position
+from flowsage.models.predictive import known_child, new_child
 
 _BATCH = 32
 _ASKED = (S, SS, E, ES, O)

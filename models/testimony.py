@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from flowsage.graph.flows import service_name
+from flowsage.graph.services import service_name
 from flowsage.models.attribution import Attribution, attribute
 from flowsage.models.meeting import MeetingPrior
 

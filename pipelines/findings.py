@@ -18,7 +18,7 @@ from typing import Any
 
 import communityid
 
-from flowsage.graph.flows import service_name
+from flowsage.graph.services import service_name
 from flowsage.models.finding import Evidence, Finding
 
 SCHEMA_VERSION = "1.8.0"

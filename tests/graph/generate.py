@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flowsage.graph.flows import UNKNOWN, FlowBatch, HostTable, from_table, hash_names, service_code
+from flowsage.graph.flows import UNKNOWN, FlowBatch, HostTable, from_table, hash_names
+from flowsage.graph.services import service_code
 
 PORTS = np.array([443, 80, 53, 22, 445, 3389, 8080, 25, 123, 5432], np.int32)
 START_NS = 1_700_000_040_000_000_000

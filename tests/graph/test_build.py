@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowsage.graph import build
+from flowsage.graph import fold
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch
 from tests.graph.generate import handmade, power_law
@@ -148,9 +148,9 @@ def test_a_large_window_after_many_small_ones_is_right_and_leaves_no_trace() -> 
 def test_epochs_that_run_out_start_again_with_an_empty_table() -> None:
     flows = power_law(5_000, 50, 1_500, windows=40)
     expected = contacts(flows, 60_000_000_000)
-    build._scratch.epoch = build._LAST_EPOCH - 20
+    fold._scratch.epoch = fold._LAST_EPOCH - 20
     equal(contacts(flows, 60_000_000_000), expected)
-    assert build._scratch.epoch < 1_000
+    assert fold._scratch.epoch < 1_000
     equal(contacts(flows, 60_000_000_000), expected)
 
 

@@ -19,9 +19,8 @@ from flowsage.graph.flows import (
     from_table,
     hash_names,
     merge,
-    service_code,
-    service_name,
 )
+from flowsage.graph.services import service_code, service_name
 from tests.graph.generate import handmade
 
 MINIMAL = {"src_ip": ["a", "b"], "dst_ip": ["b", "c"], "start_ns": [5, 6]}

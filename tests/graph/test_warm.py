@@ -15,7 +15,7 @@ from flowsage.graph.build import contacts
 from flowsage.graph.flows import from_table, merge
 from flowsage.graph.window import WindowBuffer
 
-MODULES = "addresses aggregate build features flows watermark window".split()
+MODULES = "addresses aggregate build features flows fold watermark window".split()
 
 def compiled():
     found = {}

@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from flowsage.models.explain import ONE, amount, duration, port_of
+from flowsage.graph.services import parts_of
+from flowsage.models.explain import ONE, amount, duration
 from flowsage.models.finding import severity
 from tests.models.alarm_streams import CLIENTS, MISBEHAVIOURS, PANE, SSH, START, Row, S, Watch, office
 from tests.models.test_alarms import BEGIN, LOUD, created, scene
@@ -87,8 +88,8 @@ def test_numbers_are_written_for_people():
     assert [amount(v, "flows") for v in (412.3, 9.25, 9.0, 12_345)] == ["412", "9.2", "9", "12,345"]
     assert [amount(v, "bytes") for v in (0.0, 999, 2.5e9)] == ["0 B", "999 B", "2.5 GB"]
     assert [duration(v) for v in (0.25, 59.0, 3599, 7200, 200_000)] == ["0.2 s", "59 s", "60 min", "2 h", "2 d"]
-    assert port_of((7 << 20) | 446) == 445
-    assert port_of((7 << 20) | 200_001) is None
+    assert parts_of((7 << 20) | 446) == (6, 445)
+    assert parts_of((7 << 20) | 200_001) == (6, None)
 
 
 def test_severity_rises_as_p_falls_below_the_budget():

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from flowsage.graph.flows import service_name
+from flowsage.graph.services import service_name
 from flowsage.models.meeting import MeetingPrior
 from flowsage.models.testimony import LEAST, SHOWN, Witness
 from tests.models.enterprise import enterprise
