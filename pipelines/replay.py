@@ -134,7 +134,8 @@ def _replay_flows(source: Path, settings: Settings, outputs: Outputs, *, as_json
     if file.reordered:
         click.echo(f"{source}: {file.reordered:,} rows go back in time; they were put in order", err=True)
     with ScoredRun(settings, outputs, as_json=as_json) as run:
-        run.scorer.run(file.steps(settings.windows.pane))
+        for _ in run.scorer.run(file.steps(settings.windows.pane)):
+            pass
         run.finish(file.rows)
     click.echo(f"{source}: {file.rows:,} flows; {run.summary()}", err=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,8 +165,11 @@ class Scorer:
         self.look(now_ns)
         self.close_windows()
 
-    def run(self, steps: Iterable[Step]) -> None:
-        """`take` and `step` of one sensor's steps, such as a file's; windows that come whole are scored together."""
+    def run(self, steps: Iterable[Step]) -> Iterator[list[Step]]:
+        """`take` and `step` of one sensor's steps, such as a file's; windows that come whole are scored together.
+
+        Tells which steps were done as it goes on.
+        """
         plain = self.model is not None or self._clocked or self.settings.windows.lateness > 0
         for some in ([step] for step in steps) if plain else whole_windows(steps, self.settings.windows.window):
             if len(some) == 1:
@@ -174,6 +177,7 @@ class Scorer:
                 self.step(some[0].now_ns)
             else:
                 self._whole(some)
+            yield some
 
     def _whole(self, steps: list[Step]) -> None:
         """Steps that are each a whole window, while none is open."""

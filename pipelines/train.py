@@ -220,16 +220,14 @@ class _Lead:
         scorer = Scorer(self.settings, on_findings=lambda _: None, detector=self.detector)
         windows, saved = progress.windows, progress.flows
         with _bar(True, self.rows, "reading flows", done=progress.flows) as tick:
-            for step in self._steps():
-                if step.now_ns <= progress.now_ns:
-                    continue
+            begin_ns = progress.now_ns
+            for done in scorer.run(step for step in self._steps() if step.now_ns > begin_ns):
                 if not progress.first_ns:
-                    progress.first_ns = int(step.flows.start_ns.min())
-                scorer.take(step.flows, step.watermark_ns)
-                scorer.step(step.now_ns)
-                progress.flows += len(step.flows)
-                progress.now_ns, progress.windows = step.now_ns, windows + scorer.counters.windows
-                tick(len(step.flows))
+                    progress.first_ns = int(done[0].flows.start_ns[0])
+                flows = sum(len(step.flows) for step in done)
+                progress.flows += flows
+                progress.now_ns, progress.windows = done[-1].now_ns, windows + scorer.counters.windows
+                tick(flows)
                 if progress.flows - saved >= self.training.checkpoint_flows and not scorer.buffer.open_flows():
                     self.checkpoint()
                     saved = progress.flows
