@@ -265,7 +265,7 @@ def lab(**options: Any) -> None:
 @kafka_options
 @click.option("--create", is_flag=True, help="make the topics that are not there")
 @click.option("--dry-run", is_flag=True, help="with --create: only say what would be done")
-@click.option("--partitions", type=click.IntRange(1), default=8, show_default=True, help="sites scored apart, at most")
+@click.option("--partitions", type=click.IntRange(1), help="sites scored apart, at most; default: as it is, or 8")
 @click.option("--replication", type=click.IntRange(1), help="replicas; default: 3, or as many brokers as there are")
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="seconds to wait for the brokers")
 def topics(**options: Any) -> None:
@@ -275,7 +275,7 @@ def topics(**options: Any) -> None:
     from flowsage.pipelines.topics import look_after
     from flowsage.pipelines.topics import topics as wanted
 
-    plan = wanted(settings.kafka.prefix, partitions=options["partitions"], replication=options["replication"] or 0)
+    plan = wanted(settings.kafka.prefix, partitions=options["partitions"] or 0, replication=options["replication"] or 0)
     create = options["create"] and not options["dry_run"]
     for report in look_after(settings.kafka, plan, create=create, timeout_s=options["timeout"]):
         click.echo(str(report))

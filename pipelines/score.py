@@ -39,6 +39,7 @@ def run_score(settings: Settings, *, duration_s: float | None = None) -> None:
         threading.Thread(target=_progress, args=(scoring, stopped), daemon=True).start()
         scoring.run(stopped, None if duration_s is None else started + duration_s)
         stopped.set()
+        _say(scoring.standing())
 
 
 def _say(text: str) -> None:

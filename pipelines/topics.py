@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
+PARTITIONS = 8
+"""Of the flows, where nobody says how many."""
 FLOWS_RECORD_BYTES = 16 << 20
 """The largest flow batch that the topic takes; a dead letter is that with its headers."""
 
@@ -45,7 +47,11 @@ def dlq_topic(prefix: str) -> str:
 
 @dataclass(frozen=True)
 class Topic:
-    """A topic as it should be. `replication` 0: three, or as many brokers as there are."""
+    """A topic as it should be.
+
+    partitions     0: as many as it has, and PARTITIONS where it is made
+    replication    0: three, or as many brokers as there are
+    """
 
     name: str
     partitions: int
@@ -56,7 +62,7 @@ class Topic:
 def topics(
     prefix: str,
     *,
-    partitions: int = 8,
+    partitions: int = PARTITIONS,
     replication: int = 0,
     flows_retention_ms: int = DAY_MS,
     findings_retention_ms: int = 365 * DAY_MS,
@@ -152,19 +158,21 @@ def look_after(
         known = {t["name"]: t for t in admin.describe_topics() if not t.get("error_code")}
         brokers = len(admin.describe_cluster()["brokers"])
         reports = []
-        for topic in (_sized(t, brokers) for t in wanted):
-            if topic.name in known:
-                reports.append(Report(topic, True, False, tuple(_differences(admin, topic, known[topic.name]))))
+        for unsized in wanted:
+            found = known.get(unsized.name)
+            topic = _sized(unsized, brokers, PARTITIONS if found is None else len(found["partitions"]))
+            if found is not None:
+                reports.append(Report(topic, True, False, tuple(_differences(admin, topic, found))))
                 continue
             _create(admin, topic, validate_only=not create)
             reports.append(Report(topic, False, create))
         return reports
 
 
-def _sized(topic: Topic, brokers: int) -> Topic:
+def _sized(topic: Topic, brokers: int, partitions: int) -> Topic:
     replication = topic.replication or min(3, brokers)
     configs = topic.configs | {"min.insync.replicas": str(max(1, replication - 1))}
-    return Topic(topic.name, topic.partitions, replication, configs)
+    return Topic(topic.name, topic.partitions or partitions, replication, configs)
 
 
 def _create(admin: KafkaAdminClient, topic: Topic, *, validate_only: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import click
 
 from flowsage.collector.collect import stopped_by_signals
-from flowsage.collector.errors import UsageError
+from flowsage.collector.errors import ConfigurationError, UsageError
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.readable import finding_lines
 from flowsage.pipelines.settings import Settings
@@ -51,12 +51,13 @@ def watch(
     """Print findings until a signal, or, without `follow`, until all that are there are printed."""
     log = KafkaLog(settings.kafka)
     begin = since_of(since, datetime.now(UTC))
-    with (
-        Subscription(
+    try:
+        subscription = Subscription(
             log, prefix=settings.kafka.prefix, since=begin, severity=severity, host=host, follow=follow
-        ) as findings,
-        stopped_by_signals(findings.close),
-    ):
+        )
+    except ConfigurationError as error:
+        raise UsageError(str(error)) from error
+    with subscription as findings, stopped_by_signals(findings.close):
         for finding in findings:
             if as_json:
                 click.echo(json.dumps(finding.ocsf, separators=(",", ":"), ensure_ascii=False))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from flowsage.collector.errors import ConfigurationError, UsageError
 from flowsage.pipelines.enterprise.simulate import Simulation, simulate
 from flowsage.pipelines.lab.truth import write_truth
 from flowsage.pipelines.outputs import require_writable, write_parquet
@@ -15,8 +16,12 @@ def write_simulation(
     path: Path, *, days: float, hosts: int, repeats: int, seed: int, truth: Path | None = None
 ) -> None:
     """Simulate and write the flows to `path`, the truth to `truth`; a summary goes to stderr."""
+    try:
+        wanted = Simulation(days=days, hosts=hosts, repeats=repeats, seed=seed)
+    except ConfigurationError as error:
+        raise UsageError(str(error)) from error
     require_writable(path)
-    table, truths = simulate(Simulation(days=days, hosts=hosts, repeats=repeats, seed=seed))
+    table, truths = simulate(wanted)
     write_parquet(table, path)
     if truth is not None:
         write_truth(truth, truths)

@@ -195,6 +195,8 @@ def test_a_capture_cut_in_a_packet_gives_what_is_whole_and_exits_with_1(tmp_path
         (["collect", "--interface", "absent0"], 1, "absent0"),
         (["run", "--interface", "absent0", "--no-metrics"], 1, "absent0"),
         (["run", "--nonsense"], 2, "--nonsense"),
+        (["lab", "--simulate", "s", "--days", "0"], 2, "days must be above 0"),
+        (["watch", "--kafka", "127.0.0.1:1", "--severity", "awful"], 2, "there is no severity 'awful'"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_its_exit_code(arguments: list[str], code: int, sentence: str) -> None:

@@ -45,6 +45,8 @@ def test_what_differs_is_told_and_left_alone(broker: Broker) -> None:
     assert report.differences[:2] == ("2 partitions, should be 4", "retention.ms is 1000, should be 86400000")
     assert any("message.timestamp.type is CreateTime, should be LogAppendTime" in d for d in report.differences)
     [again] = look_after(broker.settings(), topics(name, partitions=4)[:1])
+    [unsaid] = look_after(broker.settings(), topics(name, partitions=0)[:1])
+    assert unsaid.differences == report.differences[1:], "nobody has said how many partitions there should be"
     assert again == report
 
 
