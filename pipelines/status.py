@@ -66,7 +66,9 @@ def show(address: str, port: int, *, as_json: bool = False) -> None:
     if as_json:
         click.echo(json.dumps({"process": samples, "kernel": [as_dict(p) for p in present]}, indent=1, sort_keys=True))
         return
-    out = lines(samples) if silent is None else [f"process    {silent}"]
+    out = lines(samples) or ["process    it has only begun: nothing is counted yet"]
+    if silent is not None:
+        out = [f"process    {silent}"]
     click.echo("\n".join(out + kernel_lines(present) + ([f"kernel     {unasked}"] if unasked else [])))
 
 

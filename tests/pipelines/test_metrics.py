@@ -100,3 +100,15 @@ def test_status_with_nobody_there_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     done = CliRunner().invoke(main, ["status", "--port", str(free_port())])
     assert (done.exit_code, done.stdout) == (1, "")
     assert "is `flowsage run` running" in done.stderr
+
+
+def test_status_of_a_process_that_has_only_begun_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoint answers before the first packet is counted, and while the program is compiled."""
+    monkeypatch.setattr("flowsage.pipelines.status.inventory", list)
+    metrics, port = Metrics(), free_port()
+    metrics.serve("127.0.0.1", port)
+    try:
+        done = CliRunner().invoke(main, ["status", "--port", str(port)])
+    finally:
+        metrics.close()
+    assert (done.exit_code, done.stdout) == (0, "process    it has only begun: nothing is counted yet\n")
