@@ -45,7 +45,7 @@ THREADED = 1 << 14
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-VERSION = 6
+VERSION = 7
 
 _BEST, _RUN = by_group("best"), by_group("run")
 

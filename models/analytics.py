@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from flowsage.graph.columns import UNKNOWN
 from flowsage.graph.services import TCP, is_reversed, on_ports, port_part, protocol_of
 from flowsage.models.prior import PRIOR
 
@@ -93,7 +94,7 @@ TABLE: tuple[Analytic, ...] = (
     Analytic("drip", "exfiltration", "source", PAIR, 4 * HOUR, "T1030", "bytes",
              "{host} sent {peer} {observed} more than it received in {span}", 2e5, True, BYTES_SCALE),
     Analytic("flood", "flood", "target", HOST, HOUR, "T1498", "flows",
-             "{host} was sent {observed} flows{on} in {span}", 50, True),
+             "{host} was sent {observed} flows{on} in {span}", 120, True),
     Analytic("fan-in", "flood", "target", HOST, HOUR, "T1498", "new sources",
              "{host} was met by {observed} new sources{on} in {span}", 20),
     Analytic("fail-in", "flood", "target", HOST, HOUR, "T1046", "failed flows",
@@ -200,6 +201,8 @@ def contributions(  # type: ignore[no-untyped-def]
     NaN where not asked.
     """
     out[:] = 0.0
+    # A handshake that fails says something; silence where there is none (Zeek's S0 of UDP) does not: many never reply.
+    failed = failed if protocol_of(service) in (TCP, UNKNOWN) else 0
     out[BURST] = flows
     out[FAIL] = failed
     if new_pair:

@@ -26,6 +26,9 @@ MOST, RATE_AT, MEAN_AT = 1_000.0, (1.0, 500.0), (1.5, 3.0)
 LEFT_OUT = {"guess": ("darpa98", "westermo", "rita_beacon")}
 """Files that say nothing of an analytic: no ports, or what it is to find is labelled benign (`models/prior.py`)."""
 
+AGELESS = ("exfil", "drip")
+"""Analytics with one mean excess for all ages: a handful of exceedances."""
+
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
 Table = dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
 NEVER = 1e-30
@@ -56,6 +59,8 @@ def together(parts: Mapping[str, Sums]) -> Table:
             for total, own in zip((k, e, n), part, strict=True):
                 total[a] -= own[a]
     rate, mean = (k + RATE_AT[0]) / (n + RATE_AT[1]), (e + MEAN_AT[0]) / (k + MEAN_AT[1])
+    for a in map(an.NAMES.index, AGELESS):
+        mean[a] = (e[a].sum() + MEAN_AT[0]) / (k[a].sum() + MEAN_AT[1])
     return {
         name: tuple(tuple(float(f"{v:.2g}") for v in column[a]) for column in (rate, mean))  # type: ignore[misc]
         for a, name in enumerate(an.NAMES)

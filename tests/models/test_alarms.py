@@ -155,7 +155,7 @@ def test_a_saved_watch_goes_on_bit_for_bit():
 
 
 def test_a_finding_is_created_updated_and_closed_under_one_uid():
-    make, host = MISBEHAVIOURS["guessing"]
+    make, host = MISBEHAVIOURS["port scan"]
     rows = office(300, 1) + make(BEGIN, np.random.default_rng(1))
     mine = [f for f in Watch(LOUD).run(rows, 300) if f.host == host]
     assert [f.activity for f in mine if f.activity != "update"] == ["create", "close"]

@@ -212,16 +212,24 @@ def test_beats_do_not_depend_on_the_scale_of_time():
     assert strengths[0] > 1
 
 
-def added(service, inside, *, flows=1, sent=0, sources=1.0, new=True, misplaced=np.nan):
-    """What one answered contact adds, by analytic."""
+def added(service, inside, *, flows=1, failed=0, sent=0, sources=1.0, new=True, misplaced=np.nan):
+    """What one contact adds, by analytic; answered, but for what failed of it."""
     out = np.empty(len(an.TABLE))
     an.contributions(
-        service, flows, flows, 0, True, sent, 0.0, sources, np.array(inside), new, new, new, 0.0, misplaced, out
-    )
+        service, flows, flows - failed, failed, True, sent, 0.0, sources, np.array(inside), new, new, new, 0.0,
+        misplaced, out,
+    )  # fmt: skip
     return dict(zip(an.NAMES, out.tolist(), strict=True))
 
 
-HTTPS = (7 << 20) + 444
+HTTPS, ANY, NTP = ((proto + 1 << 20) + port + 1 for proto, port in ((6, 443), (-1, 443), (17, 123)))
+
+
+def test_a_handshake_that_fails_counts_and_silence_where_there_is_none_does_not():
+    for service, counted in ((HTTPS, 3), (ANY, 3), (NTP, 0)):
+        it = added(service, (True, True), flows=5, failed=3)
+        assert it["fail"] == it["fail-in"] == counted
+        assert it["burst"] == it["flood"] == 5, "a flow is a flow"
 
 
 def test_bytes_count_less_where_others_send_to_and_not_at_all_within_the_network():
