@@ -210,12 +210,21 @@ def sensors(root: Path = ROOT) -> list[str]:
         return sorted(unquote(name) for name in os.listdir(root))
     except FileNotFoundError:
         return []
+    except PermissionError as error:
+        raise _not_ours(root) from error
+
+
+def _not_ours(root: Path) -> PrivilegeError:
+    return PrivilegeError(f"what is pinned under {root} may not be seen: run as root, or as its owner")
 
 
 def _is_bpffs(path: Path) -> bool:
     """Whether `path`, or the nearest parent that exists, is on a BPF file system."""
-    while not path.exists():
-        path = path.parent
+    try:
+        while not path.exists():
+            path = path.parent
+    except PermissionError as error:
+        raise _not_ours(path) from error
     best, kind = 0, ""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()

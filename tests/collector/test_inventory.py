@@ -190,3 +190,23 @@ def test_status_without_process_and_privilege_says_both() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.search(r"is `flowsage run` running.*nor could the kernel be asked.*CAP_BPF", done.stderr)
+
+
+@pytest.mark.parametrize("more", [["--detach"], ["--interface", "lo"]])
+def test_a_stranger_to_the_pins_is_told_so(more: list[str], tmp_path: Path) -> None:
+    """bpffs is mounted for root alone; so is this folder."""
+    root = tmp_path / "root alone"
+    root.mkdir(mode=0o700)
+    code = (
+        "import os; from flowsage.pipelines.cli import main; import flowsage.pipelines.sensor\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        f"main({['collect', *more]!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"FLOWSAGE_SENSOR__PINS": str(root / "flowsage")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (77, "")
+    assert done.stderr.startswith("flowsage: what is pinned under ")
+    assert done.stderr.endswith("may not be seen: run as root, or as its owner\n")
