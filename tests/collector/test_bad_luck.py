@@ -58,7 +58,7 @@ def test_without_bpffs_where_it_may_not_be_mounted_says_how_to_mount_it_or_do_wi
     inside = replace(settings(cable, pins), netns=None)
     within = ("ip", "netns", "exec", cable.near, "setpriv", "--bounding-set", "-sys_admin")
     code, said = refusal(start(inside, tmp_path, *within))
-    assert (code, "mount -t bpf bpf /sys/fs/bpf" in said, "--no-pin" in said) == (1, True, True), said
+    assert (code, "mount -t bpf bpf /sys/fs/bpf" in said, "--no-pin" in said) == (77, True, True), said
     code, said = refusal(start(replace(inside, pins=tmp_path, netns=cable.near), tmp_path))
     assert (code, f"{tmp_path} is not on a BPF file system" in said) == (1, True), said
 
