@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from flowsage.collector.errors import ModelError
 from flowsage.models.analytics import TABLE
+from flowsage.models.arrays import write_arrays
 from flowsage.models.card import card
 from flowsage.models.columns import Array
 from flowsage.models.detector import Detector, DetectorConfig
@@ -128,8 +127,7 @@ def _write(folder: Path, detector: Detector, trained: dict[str, Any]) -> Manifes
     for part, name in PARTS.items():
         mine = {k.removeprefix(f"{part}/"): a for k, a in arrays.items() if k.startswith(f"{part}/")}
         if mine:
-            (folder / name).touch()  # as the umask says; what safetensors makes, only its owner may read
-            save_file({k: np.asarray(a, order="C") for k, a in mine.items()}, folder / name)
+            write_arrays(mine, folder / name)
             files[name] = _measure(folder / name)
     (folder / CARD).write_text(card(detector, schema_of(detector.config), trained), encoding="utf-8")
     files[CARD] = _measure(folder / CARD)

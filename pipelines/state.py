@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from flowsage.collector.errors import ConfigurationError, FlowsageError
+from flowsage.models.arrays import write_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class SnapshotStore:
             self._files.create_dir(folder, recursive=True)
             with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder if self._local else None) as scratch:
                 arrays = Path(scratch) / f"{name}{ARRAYS}"
-                save_file({k: np.asarray(a, order="C") for k, a in snapshot.arrays.items()}, arrays)
+                write_arrays(snapshot.arrays, arrays)
                 manifest = Path(scratch) / f"{name}{MANIFEST}"
                 body: dict[str, Any] = {
                     "format": FORMAT, "source": list(snapshot.source), "position": snapshot.position,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,12 @@ def trained() -> Detector:
     batch = flows()
     run(detector, batch.take(np.flatnonzero(batch.start_ns // WINDOW_NS < batch.start_ns[-1] // WINDOW_NS - 2)))
     return detector
+
+
+def readable_by_the_umask(folder: Path) -> int:
+    """Mode of a file that is made here without further ado."""
+    (folder / "any").touch()
+    return stat.S_IMODE((folder / "any").stat().st_mode)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,7 @@ def test_the_directory_is_what_its_readers_expect(saved: Path, trained: Detector
     assert len(feature_names()) == FEATURES
     assert set(config["files"]) == names - {"config.json"}
     assert "## Limits" in (saved / "README.md").read_text()
+    assert {stat.S_IMODE((saved / name).stat().st_mode) for name in names} == {readable_by_the_umask(tmp_path)}
     again = tmp_path / "again"
     artifact.save(again, trained, trained=TRAINED)
     assert all((again / name).read_bytes() == (saved / name).read_bytes() for name in names)
