@@ -65,7 +65,6 @@ class Agent:
             monotonic_ns=self.clock.monotonic_ns,
         )
         self.ledger = Ledger(self.lifetime.program)
-        self.incomplete_sweeps = 0
         self._watch = Watch(
             self.lifetime,
             settings.interfaces,
@@ -294,7 +293,6 @@ class Agent:
                 break
             count += self._handover.drain(ring)
         else:
-            self.incomplete_sweeps += 1
             return count
         # What remains in the table began within the active timeout: see the walk in bpf/.
         active = self.settings.active_timeout

@@ -43,7 +43,7 @@ class Spooled:
 class Spool:
     """A directory of batches, first in first out; one process at a time.
 
-    dropped_records, dropped_batches    left to make room, since this object was made
+    dropped_records                            left to make room, since this object was made
     pending_records, pending_batches, bytes    what is in it now, what an earlier process left included
 
     Raises ConfigurationError for a directory that cannot be used or that another process uses.
@@ -55,7 +55,6 @@ class Spool:
         self.bytes = 0
         self.pending_records = 0
         self.dropped_records = 0
-        self.dropped_batches = 0
         self._queue: deque[Spooled] = deque()
         self._held = False
         self._last_fd = -1
@@ -188,7 +187,6 @@ class Spool:
 
     def _dropped(self, records: int) -> None:
         self.dropped_records += records
-        self.dropped_batches += 1
 
     def close(self) -> None:
         """Let another process have the directory."""

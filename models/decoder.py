@@ -72,7 +72,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.overlaps = overlaps
         pairs = len(signatures.PAIRS) if overlaps else 0
-        self.depth = TOWER + pairs * signatures.WIDTH
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
             self.service = nn.EmbeddingBag(_CODES, SERVICE, mode="sum")
             self.source = nn.Sequential(nn.Linear(embedding + SERVICE, 64), nn.ReLU(), nn.Linear(64, TOWER))

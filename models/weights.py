@@ -117,8 +117,6 @@ class Constants:
     peers: float = 0.25
     """Share of the mean over peers in the score of a host's window, beside the highest: of many peers one is high by
     chance (host-window AP of dapt2020 .28 → .31, of the enterprise .68 → .70)."""
-    day_one: float = 30.0
-    """What is first seen in the first 30 windows was there before us: no news (DETECTION.md part 3, Beacon)."""
 
 
 WEIGHTS = Weights()

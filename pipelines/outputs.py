@@ -149,11 +149,6 @@ class FindingWriter:
         else:
             self._stream = open_for_writing(self._target)
 
-    @property
-    def readable(self) -> bool:
-        """Whether a person at the terminal reads the findings where they are written."""
-        return self._readable
-
     def write(self, findings: list[Finding]) -> None:
         """Write these now."""
         for finding in findings:

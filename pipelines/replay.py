@@ -89,7 +89,6 @@ class _Captured:
         self.path = path
         self.problem: CaptureError | None = None
         self.ledger: Snapshot | None = None
-        self._no_timeouts = no_timeouts
         self._program = FlowProgram(capture_settings(flow_settings(settings), no_timeouts=no_timeouts))
         self.feed = CaptureFeed(
             path, self._program, sensor=settings.sensor.name, sweep_ns=settings.sensor.sweep_interval,
