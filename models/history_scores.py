@@ -99,12 +99,12 @@ class Outputs(NamedTuple):
     def empty(cls, c: int, n: int, ways: int, *, terms: bool, looked: bool) -> Outputs:
         """Room for a run, with or without the terms of contacts, and what was known of them before.
 
-        Zeros where only what is not zero gets written; sparse ones where that is rare, so that most of it is never
-        touched, and takes no memory. Volumes that nobody asks for are where the scores will be, which are made of them
+        Sparse zeros where only what is not zero gets written, which is rare: most of it is never touched, and takes no
+        memory. Volumes that nobody asks for are where the scores will be, which are made of them
         flow by flow.
         """
         known, lines = memory.empty(c, np.float64), memory.empty((len(TERMS), c * ways * terms), np.float64)
-        v_rev, v_fwd = (memory.zeros(n * ways, np.float64) for _ in range(2))
+        v_rev, v_fwd = (memory.empty(n * ways, np.float64) for _ in range(2))
         flow_score, beacon_score = v_rev, v_fwd
         if terms or ways > 1:
             flow_score, beacon_score = (memory.empty(n, np.float64) for _ in range(2))

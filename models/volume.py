@@ -59,7 +59,7 @@ def volume(run, rows, memory, count, scratch, out):  # type: ignore[no-untyped-d
     V = clip(−ln P(T ≥ z) − 4, 0, 30), y = ln(1+count), T the normal-inverse-gamma predictive after the n earlier window
     means of the key (mean μ, sum of squares M): with n' = min(n, 50), m = (.6 + n μ)/(.1 + n), a = 1 + n'/2,
     b = 2 + M n'/2n + .05 n' (μ − 6)²/(.1 + n'), z = (y − m)/√(b (n' + 1.1)/(a (n' + .1))), 2a degrees of freedom.
-    count i64[n]: −1 where unknown; such flows get 0 and teach nothing. `out` comes as zeros; scratch f8[rows, 4].
+    count i64[n]: −1 where unknown; such flows get 0 and teach nothing. scratch f8[rows, 4].
     """
     ways = run.ways
     for w in range(len(run.windows)):
@@ -84,6 +84,7 @@ def volume(run, rows, memory, count, scratch, out):  # type: ignore[no-untyped-d
             prefetch(rows.row, (run.of_flow[min(i + 2 * AHEAD, last)] - run.first) * ways)
             prefetch(scratch, rows.row[soon])
             if count[i] < 0:
+                out[i * ways : (i + 1) * ways] = 0.0
                 continue
             y = math.log(1.0 + count[i])
             for way in range(ways):
@@ -95,6 +96,8 @@ def volume(run, rows, memory, count, scratch, out):  # type: ignore[no-untyped-d
                     n = memory[rows.row_slot[first + r], V_WINDOWS]
                     tail = log_tail(min(far / scratch[r, _SCALE], _FAR), 2.0 * (_A0 + 0.5 * min(n, _MEMORY)))
                     out[i * ways + way] = min(max(-tail - _FLOOR, 0.0), _CAP)
+                else:
+                    out[i * ways + way] = 0.0
         for r in range(size):
             prefetch(memory, rows.row_slot[first + min(r + AHEAD, size - 1)])
             if scratch[r, _Y_FLOWS] > 0.0:
