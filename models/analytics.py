@@ -202,7 +202,8 @@ def contributions(  # type: ignore[no-untyped-def]
     """
     out[:] = 0.0
     # A handshake that fails says something; silence where there is none (Zeek's S0 of UDP) does not: many never reply.
-    failed = failed if protocol_of(service) in (TCP, UNKNOWN) else 0
+    protocol = protocol_of(service)
+    failed = failed if protocol in (TCP, UNKNOWN) else 0
     out[BURST] = flows
     out[FAIL] = failed
     if new_pair:
@@ -217,11 +218,8 @@ def contributions(  # type: ignore[no-untyped-def]
         if answered > 0 or not told:
             out[SWEEP] = ANSWERED
         else:
-            out[SWEEP] = (
-                1.0
-                if protocol_of(service) == TCP and (inside[1] or port_part(service) not in (80, 443))
-                else UNANSWERED
-            )
+            web = port_part(service) in (80, 443)
+            out[SWEEP] = 1.0 if protocol == TCP and (inside[1] or not web) else UNANSWERED
         out[PORTS] = 1.0
         if inside[0] and inside[1] and on_ports(service, ADMIN_PORTS):
             out[LATERAL] = 1.0

@@ -71,13 +71,12 @@ class Decoder(nn.Module):
     def __init__(self, embedding: int, *, overlaps: bool, seed: int) -> None:
         super().__init__()
         self.overlaps = overlaps
-        pairs = len(signatures.PAIRS) if overlaps else 0
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
             self.service = nn.EmbeddingBag(_CODES, SERVICE, mode="sum")
             self.source = nn.Sequential(nn.Linear(embedding + SERVICE, 64), nn.ReLU(), nn.Linear(64, TOWER))
             self.target = nn.Sequential(nn.Linear(embedding, 64), nn.ReLU(), nn.Linear(64, TOWER))
             self.diagonal = nn.Linear(SERVICE, TOWER)
-            self.overlap = nn.Linear(SERVICE, pairs) if overlaps else None
+            self.overlap = nn.Linear(SERVICE, len(signatures.PAIRS)) if overlaps else None
             self.stranger = nn.Linear(TOWER, 1)
         seed_parameters(self, seed)
         with torch.no_grad():

@@ -100,8 +100,7 @@ class Outputs(NamedTuple):
         """Room for a run, with or without the terms of contacts, and what was known of them before.
 
         Sparse zeros where only what is not zero gets written, which is rare: most of it is never touched, and takes no
-        memory. Volumes that nobody asks for are where the scores will be, which are made of them
-        flow by flow.
+        memory. Volumes that nobody asks for are where the scores will be, which are made of them flow by flow.
         """
         known, lines = memory.empty(c, np.float64), memory.empty((len(TERMS), c * ways * terms), np.float64)
         v_rev, v_fwd = (memory.empty(n * ways, np.float64) for _ in range(2))
