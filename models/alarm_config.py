@@ -20,7 +20,7 @@ class AlarmConfig:
     ready_blocks, ready_host_blocks    calibration that must have been seen before anything is raised; for scans,
                    guessing and floods a block is enough, and where they fail and are beyond doubt they need not wait
     internal       networks whose hosts are ours (names that are no addresses are); None: private addresses
-    max_keys       of each kind (hosts, pairs …); those longest unseen are forgotten, counted
+    max_keys       of each kind (hosts, pairs …); beyond it some are forgotten (`KeyTable.evict`), counted
     log            contacts remembered as evidence, half of them new or failed ones
     """
 

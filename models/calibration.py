@@ -53,6 +53,10 @@ ALIKE = 1.0
 STEPS, STEP = 96, 0.25
 """Excesses of what was raised are counted in so many steps of so many nats."""
 
+CROWD = 2000.0, 4.0, 0.125
+"""Newcomers of a block count as so many at most, or so many for each host of the block that is none, or so large a part
+of all that came before: what one flood of spoofed addresses does not do says little about what newcomers do."""
+
 BRIDGE = 4
 """Exceedances of a host that are at most this many blocks apart are one event."""
 
@@ -73,23 +77,26 @@ def tail(excess, rate, shape, scale):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _count(k, e, prior_b, a, g, excess):  # type: ignore[no-untyped-def]
-    """One exceedance event of this largest excess, winsorised."""
+def _count(k, e, prior_b, a, g, excess, weight):  # type: ignore[no-untyped-def]
+    """One exceedance event of this largest excess, winsorised, counted as `weight`."""
     most = WINSOR * (prior_b[a, g] + e[a, g]) / (A0 + k[a, g])
-    k[a, g] += 1.0
-    e[a, g] += min(excess, most)
+    k[a, g] += weight
+    e[a, g] += weight * min(excess, most)
 
 
 @numba.njit(cache=True, nogil=True)
-def _flush(active, role, is_target, best, run, last, excluded, births, now, block, ages, k, e, prior_b, n):  # type: ignore[no-untyped-def]
+def _flush(active, role, crowd, is_target, best, run, last, excluded, births, now, block, ages, k, e, prior_b, n):  # type: ignore[no-untyped-def]
     """End of a block for the hosts `active` in `role`: count it, and the exceedances in `best`, which is emptied.
+
+    Newcomers count as `crowd` each.
 
     Nothing is written where nothing changes: what stays nought takes no memory.
     """
     analytics, groups = k.shape
     for host in active:
         age = now - births[host]
-        n[role, 0 if age < ages[0] else (1 if age < ages[1] else 2)] += 1.0
+        weight = crowd if age < ages[0] else 1.0
+        n[role, 0 if age < ages[0] else (1 if age < ages[1] else 2)] += weight
         fresh = block - last[host, role] > BRIDGE
         last[host, role] = block
         for a in range(analytics):
@@ -106,13 +113,13 @@ def _flush(active, role, is_target, best, run, last, excluded, births, now, bloc
                 if excluded[host, a] and not fresh:
                     event = DONE
                 if ended and event > 0.0:
-                    _count(k, e, prior_b, a, g, event)
+                    _count(k, e, prior_b, a, g, event, weight)
                 if ended:
                     event = 0.0
                 if excess > 0.0 and event >= 0.0 and not excluded[host, a]:
                     event = max(event, excess)
                     if g == 0 or role == 1:
-                        _count(k, e, prior_b, a, g, event)
+                        _count(k, e, prior_b, a, g, event, weight)
                         event = DONE
                 if event != before:
                     run[g][host, a] = event
@@ -150,7 +157,7 @@ class Calibration:
         self.lately = 0.0
         """Active host-blocks of sources, which fade alike: what the budget is counted by."""
         self.hosts = 0
-        """Host-blocks active in either role."""
+        """Host-blocks active in either role, a crowd of newcomers counted as in N."""
         self.blocks = 0
         """Blocks closed in which anything was active."""
 
@@ -216,13 +223,20 @@ class Calibration:
         ages: tuple[float, float],
     ) -> None:
         """A block has ended: count the `active` hosts by role, and their largest excesses, `best` [h, A] by group."""
-        for role in (0, 1):
-            _flush(active[role], role, IS_TARGET, best, run, last, excluded, births, now, block, ages,
-                   self.k, self.e, self.prior_b, self.n)  # fmt: skip
-        self.lately += len(active[0])
-        both = len(np.union1d(*active))
-        self.hosts += both
-        self.blocks += both > 0
+        both = np.union1d(*active)
+        counts = []
+        for role, hosts in enumerate((*active, both)):
+            fresh = int((now - births[hosts] < ages[0]).sum())
+            least, each, part = CROWD
+            most = max(least, each * (len(hosts) - fresh), part * float(self.n[min(role, 1), 0]))
+            crowd = min(1.0, most / max(1, fresh))
+            counts.append(len(hosts) - fresh + crowd * fresh)
+            if role < 2:
+                _flush(hosts, role, crowd, IS_TARGET, best, run, last, excluded, births, now, block, ages,
+                       self.k, self.e, self.prior_b, self.n)  # fmt: skip
+        self.lately += counts[0]
+        self.hosts += round(counts[2])
+        self.blocks += len(both) > 0
 
     def readiness(self, blocks_needed: int, host_blocks_needed: int) -> Readiness:
         """Whether enough was seen, and a sentence that says how much."""

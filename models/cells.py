@@ -119,7 +119,7 @@ class Store:
         self.filled = needed
 
     def evict(self, max_keys: int) -> npt.NDArray[np.int32] | None:
-        """Forget what was unseen for longest; returns the new slot of each old one, None if nothing had to go."""
+        """As `KeyTable.evict`, the arrays compacted along."""
         remap = self.table.evict(max_keys)
         if remap is not None:
             kept = np.flatnonzero(remap >= 0)

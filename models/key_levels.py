@@ -14,7 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.keys import KEY, LOWER, SEEN, SLOT, Int32, Int64, KeyTable, aligned_zeros, home, mix, position
+from flowsage.models.keys import (
+    KEY,
+    LOWER,
+    NEVER,
+    SEEN,
+    SLOT,
+    Int32,
+    Int64,
+    KeyTable,
+    aligned_zeros,
+    come,
+    home,
+    mix,
+    position,
+)
 from flowsage.models.weights import CONSTANTS
 
 S, SVC, SS, E, ES, O = range(6)  # noqa: E741
@@ -139,10 +153,9 @@ def _assign(level, entries, run, rows, done, window, total, count):  # type: ign
                     count += 1
                     entries[at, KEY] = key
                     entries[at, SLOT] = count
-                    entries[at, SEEN] = tick - 1
+                    entries[at, SEEN] = NEVER
                 slot = np.int32((entries[at, SLOT] & LOWER) - 1)
-                if entries[at, SEEN] != tick:
-                    entries[at, SEEN] = tick
+                if come(entries, at, tick):
                     entries[at, SLOT] = ((total - rows.start[w]) << 32) | np.int64(slot + 1)
                     rows.row_slot[total] = slot
                     total += 1

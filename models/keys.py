@@ -1,4 +1,4 @@
-"""Keyed memory: 64-bit keys to dense slots, bounded by forgetting what was unseen for longest.
+"""Keyed memory: 64-bit keys to dense slots, bounded by forgetting what came only once or was unseen for longest.
 
 A `KeyTable` is an open-addressing hash table (linear probing, at most 70 % full) of 24-byte entries. It owns no values:
 whoever uses it keeps arrays indexed by slot, grows them with `len(table)`, and compacts them with what `evict` returns.
@@ -24,8 +24,9 @@ Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
 
 KEY, SLOT, SEEN = range(3)
-"""Words of an entry: the key, slot + 1 (0: empty, so that fresh zero pages are an empty table), and the tick at which
-it was last seen. The upper half of the slot's word belongs to the owner for the duration of a tick."""
+"""Words of an entry: the key, slot + 1 (0: empty, so that fresh zero pages are an empty table), and twice the tick at
+which it was last seen, odd once it has been seen at two (`come`). The upper half of the slot's word belongs to the
+owner for the duration of a tick."""
 
 LOWER = np.int64(0xFFFF_FFFF)
 """The slot's part of its word."""
@@ -67,6 +68,19 @@ def position(entries, key):  # type: ignore[no-untyped-def]
     return at
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def come(entries, at, tick):  # type: ignore[no-untyped-def]
+    """The key of entry `at` is there at `tick`: marks it, and tells whether that is new in this tick.
+
+    Whoever makes an entry writes `NEVER` first.
+    """
+    seen = entries[at, SEEN]
+    if seen >> 1 == tick:
+        return False
+    entries[at, SEEN] = (tick << 1) | (seen != NEVER)
+    return True
+
+
 @numba.njit(cache=True, nogil=True)
 def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: int, slots: Int32) -> tuple[int, int]:
     """Slots of keys[done:], until the table is full. Returns (keys done, keys in the table)."""
@@ -80,7 +94,8 @@ def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: in
             count += 1
             entries[at, KEY] = keys[i]
             entries[at, SLOT] = count
-        entries[at, SEEN] = tick
+            entries[at, SEEN] = NEVER
+        come(entries, at, tick)
         slots[i] = (entries[at, SLOT] & LOWER) - 1
     return len(keys), count
 
@@ -109,6 +124,15 @@ def _place(source: Int64, target: Int64) -> None:
             at = position(target, source[i, KEY])
             for j in range(3):
                 target[at, j] = source[i, j]
+
+
+def _oldest(seen: Int64, count: int) -> Int64:
+    """Indices of the `count` lowest of `seen` i64[·], of equals the first."""
+    if count == 0:
+        return np.empty(0, np.int64)
+    cut = np.partition(seen, count - 1)[count - 1]
+    before = np.flatnonzero(seen < cut)
+    return np.concatenate([before, np.flatnonzero(seen == cut)[: count - len(before)]])
 
 
 def _size(count: int) -> int:
@@ -197,8 +221,10 @@ class KeyTable:
         self._rebuild(self.entries, max(2 * size if size < _LARGE else size + size // 4, _size(expected)))
 
     def evict(self, max_keys: int) -> Int32 | None:
-        """Forget the keys longest unseen (of equals the oldest) beyond `max_keys`.
+        """Forget keys beyond `max_keys`, those longest unseen (of equals the oldest), but first what came only once.
 
+        What came at one tick only is left half of the room, then it goes before all that came back: a flood from
+        addresses that nobody sees again cannot make us forget the network (Johnson, Shasha: 2Q, VLDB 1994).
         Returns the new slot of each old slot i32[len before], -1 where forgotten; survivors keep their order. None if
         nothing had to go.
         """
@@ -209,10 +235,12 @@ class KeyTable:
         used[:, SLOT] &= LOWER
         seen[used[:, SLOT] - 1] = used[:, SEEN]
         excess = self._count - max_keys
-        cut = np.partition(seen, excess - 1)[excess - 1]
-        gone = seen < cut
-        ties = np.flatnonzero(seen == cut)
-        gone[ties[: excess - int(gone.sum())]] = True
+        gone = np.zeros(self._count, np.bool_)
+        once = np.flatnonzero(seen & 1 == 0)
+        seen >>= 1
+        gone[once[_oldest(seen[once], min(excess, max(0, len(once) - max_keys // 2)))]] = True
+        left = np.flatnonzero(~gone)
+        gone[left[_oldest(seen[left], len(left) - max_keys)]] = True
         remap = np.where(gone, -1, np.cumsum(~gone) - 1).astype(np.int32)
         kept = used[~gone[used[:, SLOT] - 1]]
         kept[:, SLOT] = remap[kept[:, SLOT] - 1] + 1
@@ -226,7 +254,7 @@ class KeyTable:
         self.entries = target
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Keys and ticks [len] in the order of slots, and the number evicted."""
+        """Keys and when they were `SEEN` [len] in the order of slots, and the number evicted."""
         used = self.entries[self.entries[:, SLOT] != 0]
         used = used[np.argsort(used[:, SLOT] & LOWER)]
         return {

@@ -87,7 +87,9 @@ class ModelSettings(Section):
     ready_steps: int = Field(20, ge=0, description="training steps that it must have made")
     undirected: bool = Field(False, description="the flows' direction is not known")
     max_keys: int = Field(
-        5_000_000, gt=0, description="keys of history remembered a level; the longest unseen leave first"
+        5_000_000,
+        gt=0,
+        description="keys of history remembered a level; first those leave that came once, then the longest unseen",
     )
     max_hosts: int = Field(200_000, gt=0, description="hosts the graph's memory holds")
     threads: int = Field(2, gt=0, description="threads for training and scoring")

@@ -179,6 +179,26 @@ def test_memory_is_bounded_at_the_end_of_each_block():
     assert max(watch.alarms.memory.sizes().values()) <= 60
 
 
+def test_a_flood_from_spoofed_addresses_is_forgotten_within_its_block_and_nothing_else_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flowsage.models.alarms.PIECE", 200)
+    config = dataclasses.replace(LOUD, max_keys=400)
+    rows, _ = scene("host scan")
+    quiet = [row for row in rows if row[0] < BEGIN]
+    watch = Watch(config)
+    watch.run(quiet, BEGIN - 6)
+    before = watch.alarms.memory.hosts.table.state()
+    known = before["keys"][before["seen"] & 1 == 1]
+    assert len(known) > 15
+    flood = [(BEGIN + 1 + i / 1000, f"198.51.{i // 250}.{i % 250}", "10.77.0.10", 80, 0, 60, 0) for i in range(8_000)]
+    watch.run(flood, BEGIN + 40, after=BEGIN)
+    assert max(watch.alarms.memory.sizes().values()) <= 2 * 400 + 200
+    hosts = watch.alarms.memory.hosts.table
+    assert hosts.evicted > 6_000
+    assert (hosts.find(known) >= 0).all()
+
+
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ConfigurationError, match="budget"):
         AlarmConfig(budget=0)

@@ -160,3 +160,28 @@ def test_a_saved_calibration_goes_on():
     assert all(np.array_equal(x, y) for x, y in zip(again.parameters(), b.c.parameters(), strict=True))
     assert (again.blocks, again.hosts) == (3, 15)
     assert math.isclose(again.allowed(10, 1, 96), b.c.allowed(10, 1, 96))
+
+
+def test_a_flood_of_newcomers_hardly_makes_what_newcomers_do_rarer_nor_the_budget_larger():
+    b = Blocks(100, an.SWEEP, 0)
+    b.end(np.zeros(100))
+    hosts = 3_000_000
+    before, n = b.c.p_value(an.SWEEP, 0, 2.0), b.c.n[0, 0]
+    best, run = (tuple(np.zeros((hosts, A), np.float32) for _ in range(G)) for _ in range(2))
+    spoofed = np.arange(hosts)
+    b.c.flush((spoofed, spoofed[:1]), best, run, np.full((hosts, 2), -(1 << 40)), np.zeros((hosts, A), bool),
+              np.full(hosts, 2000.0), 2000.0, 2000, (HOUR, DAY))  # fmt: skip
+    assert b.c.n[0, 0] - n == pytest.approx(2_000)
+    assert (b.c.lately, b.c.hosts) == (pytest.approx(2_100), 2_100)
+    assert b.c.p_value(an.SWEEP, 0, 2.0) > before / 8
+
+
+def test_newcomers_of_a_large_network_all_count():
+    c, hosts = Calibration(), np.arange(50_000)
+    best, run = (tuple(np.zeros((len(hosts), A), np.float32) for _ in range(G)) for _ in range(2))
+    best[0][:100, an.SWEEP] = 2.0
+    born = np.where(hosts < 40_000, 2000.0, 0.0)
+    c.flush((hosts, hosts[:0]), best, run, np.full((len(hosts), 2), -(1 << 40)), np.zeros((len(hosts), A), bool),
+            born, 2000.0, 2000, (HOUR, DAY))  # fmt: skip
+    assert c.n[0].tolist() == [40_000, 0, 10_000]
+    assert c.k[an.SWEEP, 0] == 100

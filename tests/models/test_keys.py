@@ -52,26 +52,42 @@ def test_keys_that_fall_on_one_position_are_all_found() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=30), min_size=1, max_size=12), st.integers(1, 30))
-def test_evicting_forgets_the_longest_unseen_and_keeps_the_rest_in_order(ticks: list[list[int]], limit: int) -> None:
+def test_evicting_forgets_what_came_once_then_the_longest_unseen_and_keeps_the_rest_in_order(
+    ticks: list[list[int]], limit: int
+) -> None:
     table = KeyTable()
-    seen: dict[int, int] = {}
+    seen: dict[int, list[int]] = {}
     for tick, column in enumerate(ticks):
         table.find_or_insert(np.array(column, np.uint64), tick)
-        for key in column:
-            seen[key] = tick
+        for key in dict.fromkeys(column):
+            seen.setdefault(key, []).append(tick)
     order = list(seen)  # dictionaries keep the order of first insertion: that of slots
-    survivors = sorted(order, key=lambda k: (seen[k], order.index(k)))[max(0, len(order) - limit) :]
+    excess = max(0, len(order) - limit)
+    oldest = sorted(order, key=lambda k: (seen[k][-1], order.index(k)))
+    once = [k for k in oldest if len(seen[k]) == 1]
+    gone = once[: min(excess, max(0, len(once) - limit // 2))]
+    gone += [k for k in oldest if k not in gone][: excess - len(gone)]
     remap = table.evict(limit)
-    if len(order) <= limit:
+    if not excess:
         assert remap is None
         assert table.evicted == 0
     else:
-        expected = {k: i for i, k in enumerate(k for k in order if k in survivors)}
+        expected = {k: i for i, k in enumerate(k for k in order if k not in gone)}
         assert remap is not None
         assert remap.tolist() == [expected.get(k, -1) for k in order]
         assert table.evicted == len(order) - limit
         assert table.find(np.array(order, np.uint64)).tolist() == [expected.get(k, -1) for k in order]
     assert len(table) == min(limit, len(order))
+
+
+def test_a_flood_of_keys_that_come_once_leaves_half_of_the_room_to_those_that_came_back() -> None:
+    table, known = KeyTable(), np.arange(50, dtype=np.uint64)
+    for tick in (0, 1):
+        table.find_or_insert(known, tick)
+    for tick in range(2, 22):
+        table.find_or_insert(np.arange(1_000 * tick, 1_000 * tick + 200, dtype=np.uint64), tick)
+        table.evict(100)
+    assert (table.find(known) >= 0).all()
 
 
 def test_a_restored_table_has_the_same_slots_ticks_and_losses() -> None:
