@@ -45,9 +45,6 @@ THREADED = 1 << 14
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-CROWDED = 2
-"""Times `max_keys` that memory may hold within a block: a flood has to be forgotten before its block is over."""
-
 VERSION = 8
 
 _BEST, _RUN = by_group("best"), by_group("run")
@@ -125,7 +122,7 @@ class Alarms:
         self._now = now = max((now_ns - self._origin_ns) / 1e9, self._now + 1e-6)
         if not len(contacts):
             return []
-        if max(self.memory.sizes().values()) > CROWDED * self.config.max_keys:
+        if self.memory.crowded(self.config.max_keys):
             self._forget()
         found, values = self._measure(now, contacts, looked, np.ascontiguousarray(misplaced, np.float64))
         if not len(found):
@@ -178,12 +175,11 @@ class Alarms:
 
     def _forget(self) -> None:
         """Keep to `max_keys`, between looks when nobody holds a slot but the log and the list of who is active."""
-        for store in self.memory.stores.values():
-            remap = store.evict(self.config.max_keys)
-            if remap is not None and store is self.memory.hosts:
-                self._log.follow(remap)
-                for parts in self._active:
-                    parts[:] = (moved[moved >= 0] for moved in [remap[part].astype(np.int64) for part in parts])
+        moved = self.memory.forget(self.config.max_keys)
+        if moved is not None:
+            self._log.follow(moved)
+            for parts in self._active:
+                parts[:] = (at[at >= 0] for at in [moved[part].astype(np.int64) for part in parts])
 
     def _measure(self, now: float, c: Contacts, looked: ContactTerms, misplaced: Array) -> tuple[Array, Array]:
         """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `judgement.judge` writes them."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from flowsage.models import beacon
 from flowsage.models.analytics import CONTACT, FAMILIES, HOST, PAIR, SERVICE, TABLE, WIDTH
-from flowsage.models.keys import KeyTable, find_or_insert_each
+from flowsage.models.keys import KeyTable, find_or_insert_each, over
 from flowsage.models.prior import GROUPS
 
 Array = npt.NDArray[Any]
@@ -57,6 +57,10 @@ FIELDS: dict[str, dict[str, Field]] = {
     "codes": {"tally": ((2,), "f8", 0.0)},
 }
 """Arrays of each table: shape of a slot's part, dtype, and what an unused slot holds."""
+
+
+CROWDED = 2
+"""Times `max_keys` that memory may hold within a block."""
 
 
 def _moved(array: Array, rows: npt.NDArray[np.intp], size: int) -> Array:
@@ -152,6 +156,15 @@ class Memory:
     def sizes(self) -> dict[str, int]:
         """Keys held, by table."""
         return {name: len(s.table) for name, s in self.stores.items()}
+
+    def crowded(self, max_keys: int) -> bool:
+        """Whether a flood has to be forgotten before its block is over."""
+        return max(self.sizes().values()) > CROWDED * max_keys
+
+    def forget(self, max_keys: int) -> npt.NDArray[np.int32] | None:
+        """Keep about to `max_keys` of each table. Returns the new slot of each old one of hosts, None if none moved."""
+        gone = {name: store.evict(max_keys) for name, store in self.stores.items() if over(len(store.table), max_keys)}
+        return gone.get("hosts")
 
     def state(self) -> dict[str, Array]:
         """Everything, as arrays named table/field."""

@@ -45,8 +45,8 @@ _SMALL = 1 << 10
 class HistoryConfig:
     """How history counts. `undirected` where initiators are unknown: every flow then counts both ways.
 
-    max_keys: keys of each kind remembered at most after a window; beyond it some leave (`KeyTable.evict`), an eighth at a
-    time. Five million of every kind are 3.3 GB.
+    max_keys: keys of each kind remembered at most after a window; beyond it some leave (`KeyTable.evict`), an eighth
+    at a time. Five million of every kind are 3.3 GB.
     """
 
     undirected: bool = False

@@ -126,6 +126,11 @@ def _place(source: Int64, target: Int64) -> None:
                 target[at, j] = source[i, j]
 
 
+def over(count: int, most: int) -> bool:
+    """Time to evict? An eighth may gather first: to forget a few costs as much as to forget many."""
+    return count > most + most // 8
+
+
 def _oldest(seen: Int64, count: int) -> Int64:
     """Indices of the `count` lowest of `seen` i64[·], of equals the first."""
     if count == 0:

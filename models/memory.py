@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowsage.graph.flows import HostTable
 from flowsage.models.columns import Array, Bool, Float32, Int32, Int64, UInt64
+from flowsage.models.keys import over
 from flowsage.models.neighbours import FROM, TO, NeighbourSlots
 from flowsage.models.popularity import Popularity, keys_of
 from flowsage.models.profiles import FEATURES, HostMemory, Inside, buckets
@@ -95,11 +96,6 @@ def related(inside: Bool, indptr: Int32) -> Float32:
     return counts
 
 
-def _over(count: int, most: int) -> bool:
-    """Time to evict? An eighth may gather first: to forget a few costs as much as to forget many."""
-    return count > most + most // 8
-
-
 class MeetingMemory:
     """Bounded by the number of hosts; a host slot means the same in every part."""
 
@@ -141,17 +137,17 @@ class MeetingMemory:
     def forget(self) -> Int32 | None:
         """Keep within bounds: what was longest unseen leaves. Returns where host slots moved, None if none did."""
         pairs = 4 * self.max_hosts
-        moved = self.hosts.evict(self.max_hosts) if _over(len(self.hosts), self.max_hosts) else None
+        moved = self.hosts.evict(self.max_hosts) if over(len(self.hosts), self.max_hosts) else None
         if moved is not None:
             self.neighbours.compact(moved)
             self.popularity.moved(moved)
             self.replay.moved(moved, None)
         p = self.popularity
-        if _over(len(p.services), self.max_hosts) or _over(len(p.offers), pairs):
+        if over(len(p.services), self.max_hosts) or over(len(p.offers), pairs):
             services = p.evict(self.max_hosts, pairs)
             if services is not None:
                 self.replay.moved(None, services)
-        if _over(len(self.replay.pairs), pairs):
+        if over(len(self.replay.pairs), pairs):
             self.replay.evict(pairs)
         return moved
 
