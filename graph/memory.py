@@ -33,6 +33,17 @@ up."""
 _TRIM, _MAP = -1, -3
 """Of <malloc.h>: how much may stay free at the end of the heap, and from which size on memory is mapped by itself."""
 
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, None if it is another."""
+    try:
+        libc = ctypes.CDLL(None)
+        return libc if libc.mallopt and libc.malloc_trim else None
+    except (AttributeError, OSError):
+        return None
+
+
+_libc = _glibc()
 _lock = threading.Lock()
 _buffers: list[npt.NDArray[np.uint8]] = []
 
@@ -70,6 +81,13 @@ def sparse(count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.frombuffer(mmap.mmap(-1, size), dtype)
 
 
+def give_back() -> None:
+    """Give the system what is free in the C library's heap, between what stays: 10 ms and a tenth of a gigabyte after a
+    window of ten million flows."""
+    if _libc is not None:
+        _libc.malloc_trim(0)
+
+
 def _aligned(
     buffer: npt.NDArray[np.uint8], size: int, kind: np.dtype[Any], shape: int | tuple[int, ...]
 ) -> npt.NDArray[Any]:
@@ -79,12 +97,10 @@ def _aligned(
 
 def _settle() -> None:
     """Fix from which size on glibc maps memory by itself: left alone it learns to keep up to 32 MB in its heap."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return
-    mallopt(_MAP, 4 << 20)
-    mallopt(_TRIM, 64 << 20)  # what glibc would have learnt; its first value gives back what the next window wants
+    if _libc is not None:
+        _libc.mallopt(_MAP, 4 << 20)
+        # What glibc would have learnt: its first value gives back what the next window wants.
+        _libc.mallopt(_TRIM, 64 << 20)
 
 
 def _take(size: int) -> npt.NDArray[np.uint8]:

@@ -23,7 +23,7 @@ from flowsage.models import analytics as an
 from flowsage.models import beacon, levels, uploads
 from flowsage.models.alarm_config import AlarmConfig
 from flowsage.models.calibration import Calibration, Readiness
-from flowsage.models.cells import CELL, Memory, Store, by_group
+from flowsage.models.cells import PAST, Memory, Store, by_group
 from flowsage.models.episodes import QUIET, Episodes, Offer
 from flowsage.models.finding import Evidence, Finding
 from flowsage.models.history_scores import ContactTerms
@@ -45,7 +45,7 @@ THREADED = 1 << 14
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-VERSION = 8
+VERSION = 9
 
 _BEST, _RUN = by_group("best"), by_group("run")
 
@@ -164,7 +164,8 @@ class Alarms:
                 tuple(h[name] for name in _RUN), h["last"], h["excluded"], h["born"], self._now,
                 self._block, (an.HOUR / scale, an.DAY / scale),
             )  # fmt: skip
-            h["causes"][np.concatenate(active)] = 0.0
+            causes = h["causes"]
+            causes[causes.any(1)] = 0.0  # what is nought stays unwritten, and takes no memory
             self._forget()
             self.calibration.fade((block - self._block) * self._block_ns / 1e9 / (an.WEEK / self.config.time_scale))
         self._block, self._active = block, ([], [])
@@ -202,7 +203,8 @@ class Alarms:
             h["born"][before : len(m.hosts.table)] = now
             self._name(before, slots, c)
         born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
-        cells, past = (tuple(s.arrays[name].reshape(-1, CELL) for s in stores[:4]) for name in ("cells", "past"))
+        cells = tuple(s.arrays["cells"].reshape(-1) for s in stores[:4])
+        past = tuple(s.arrays["past"].reshape(-1, PAST) for s in stores[:4])
         best = tuple(h[name] for name in _BEST)
         known, counts, sent = np.empty((3, n), np.bool_), np.empty((3, n), np.int32), np.empty(n, np.int64)
         levels.facts(
@@ -216,8 +218,8 @@ class Alarms:
             sources, targets, news = levels.register(
                 slots, counts[2], known, h["born"], born, h["active"], now, self._block, fresh, active
             )
-            self._active[0].append(active[0, :sources])
-            self._active[1].append(active[1, :targets])
+            self._active[0].append(active[0, :sources].copy())  # of much room little is taken
+            self._active[1].append(active[1, :targets].copy())
             return int(news)
 
         news, strength = self._both(n, register, lambda: self._beats(c, slots, looked))
@@ -273,7 +275,8 @@ class Alarms:
         settled = max(GRANDFATHERED / scale, self._ready_at if self._ready_at >= 0 else np.inf)
         beacon.beats(
             slots[4], slots[5], (c.first_ns - self._origin_ns) / 1e9, np.log1p(c.bytes_fwd / c.flows),
-            np.ascontiguousarray(looked.sources, np.float64), m.contacts.arrays["beat"], m.codes.arrays["tally"],
+            np.ascontiguousarray(looked.sources, np.float64), m.contacts.arrays["visits"],
+            m.contacts.arrays["beat"], m.codes.arrays["tally"],
             m.contacts.arrays["born"], np.maximum(settled, m.hosts.arrays["born"][slots[0]] + GRANDFATHERED / scale),
             scale, strength,
         )  # fmt: skip

@@ -58,8 +58,8 @@ def plausibility(
     near = graph.columns + 1
     embedding = network.encoder.refresh(graph.x, graph.at, view.embedding[near], graph.into, graph.out_of)
     sketch = None
-    if view.sketch is not None:
-        known = view.sketch[near]
+    known = view.sketch(graph.columns)
+    if known is not None:
         sketch = signatures.sketch(own_signs(memory, known), graph.at, known, *graph.sketched)
     code = service_codes(np.full(len(without), meeting[2], np.int32))
     tower, _ = network.decoder.sources(embedding[::2], None if sketch is None else sketch[::2], code)

@@ -23,10 +23,12 @@ from flowsage.models.gaps import add_gap
 
 F8 = npt.NDArray[np.float64]
 
-SEEN, VISIT, GAPS, MEAN, SQUARES, SUM, LLR, SIZES, SIZE_MEAN, SIZE_SQUARES, REGULAR, BEATS, SINCE = range(13)
-"""Columns of a contact's state: times of the last flow and the last visit (s), moments of ln gap and the sum of gaps,
-the likelihood ratio, moments of ln bytes, whether it counts as regular, beats of the present run, its begin."""
-COLUMNS = 13
+SEEN, VISIT = range(2)
+GAPS, MEAN, SQUARES, SUM, LLR, SIZES, SIZE_MEAN, SIZE_SQUARES, REGULAR, BEATS = range(10)
+"""Columns of a contact's `visits` f8: times of its last flow and its last visit (s); and of its state f4: moments of
+ln gap and the sum of gaps, the likelihood ratio, moments of ln bytes, whether it counts as regular, beats of the
+present run."""
+COLUMNS = 10
 
 MEMORY = 50.0
 SILENCE, LEAST_GAP = 10.0, 20.0
@@ -40,32 +42,32 @@ BEGIN, END = 10.0, 2.0
 
 
 @numba.njit(cache=True, nogil=True)
-def beats(slots, services, first, size, sources, state, tally, born, grandfathered, time_scale, strength):  # type: ignore[no-untyped-def]
+def beats(slots, services, first, size, sources, visits, state, tally, born, grandfathered, time_scale, strength):  # type: ignore[no-untyped-def]
     """Strength Z f8[c] of the beat of each contact of a pane.
 
-    slots, services i32[c] into state f8[·, 13] and tally f8[·, 2] (pairs of a service, regular ones among them);
-    first s[c], start of its first flow; size f8[c] = ln(1 + bytes a flow); sources f8[c] of (target, service);
-    born f8[·]: what was born before `grandfathered` s[c] has no strength.
+    slots, services i32[c] into visits f8[·, 2], state f4[·, 10] and tally f8[·, 2] (pairs of a service, regular ones
+    among them); first s[c], start of its first flow; size f8[c] = ln(1 + bytes a flow); sources f8[c] of (target,
+    service); born f8[·]: what was born before `grandfathered` s[c] has no strength.
     """
     silence, least = SILENCE / time_scale, LEAST_GAP / time_scale
     for i in range(len(slots)):
         k, v = slots[i], services[i]
         strength[i] = 0.0
         if state[k, SIZES] == 0.0:
-            state[k, SEEN] = state[k, VISIT] = state[k, SINCE] = first[i]
+            visits[k, SEEN] = visits[k, VISIT] = first[i]
             tally[v, 0] += 1.0
         t = first[i]
-        if t - state[k, SEEN] > silence:
-            gap = t - state[k, VISIT]
-            state[k, VISIT] = t
+        if t - visits[k, SEEN] > silence:
+            gap = t - visits[k, VISIT]
+            visits[k, VISIT] = t
             if gap >= least:
                 add_gap(state[k], GAPS, gap)
             else:
                 state[k, LLR] = max(0.0, state[k, LLR] - 1.0)
             if state[k, LLR] == 0.0:
-                state[k, BEATS], state[k, SINCE] = 0.0, t
+                state[k, BEATS] = 0.0
             state[k, BEATS] += 1.0
-        state[k, SEEN] = max(state[k, SEEN], t)
+        visits[k, SEEN] = max(visits[k, SEEN], t)
         ratio = state[k, LLR]
         if ratio > BEGIN and state[k, REGULAR] == 0.0:
             state[k, REGULAR] = 1.0

@@ -14,21 +14,23 @@ from flowsage.models import beacon
 from flowsage.models.analytics import CONTACT, FAMILIES, HOST, PAIR, SERVICE, TABLE, WIDTH
 from flowsage.models.keys import KeyTable, find_or_insert_each, over
 from flowsage.models.prior import GROUPS
+from flowsage.models.records import CELL
 
 Array = npt.NDArray[Any]
 
-CELL = 3
-"""Columns of a cell, and of its past, see `records`."""
+PAST = 3
+"""Columns of a cell's past, see `records`."""
 
 _PIECE = 1 << 21
 """Bytes looked at at once for whether they are all nought: a huge page."""
 
 _A, _F = len(TABLE), len(FAMILIES)
-Field = tuple[tuple[int, ...], str, Any]
+Field = tuple[tuple[int, ...], npt.DTypeLike, Any]
 
 
 def _cells(kind: int) -> dict[str, Field]:
-    return {name: ((int(WIDTH[kind]), CELL), "f8", 0.0) for name in ("cells", "past")}
+    width = int(WIDTH[kind])
+    return {"cells": ((width,), CELL, 0.0), "past": ((width, PAST), "f8", 0.0)}
 
 
 def by_group(name: str) -> tuple[str, ...]:
@@ -39,10 +41,11 @@ def by_group(name: str) -> tuple[str, ...]:
 FIELDS: dict[str, dict[str, Field]] = {
     "hosts": {
         **_cells(HOST),
-        **dict.fromkeys(("received", "received_past"), ((CELL,), "f8", 0.0)),
+        "received": ((), CELL, 0.0),
+        "received_past": ((PAST,), "f8", 0.0),
         "born": ((), "f8", -1.0),
         "inside": ((), "?", False),
-        "name": ((), "O", ""),
+        "name": ((), np.dtypes.StringDType(), ""),
         "record": ((_A,), "f8", 0.0),
         "active": ((2,), "i8", -1),
         "last": ((2,), "i8", -(1 << 40)),
@@ -53,7 +56,12 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     "services": {**_cells(SERVICE), "born": ((), "f8", -1.0)},
     "pairs": {**_cells(PAIR), "born": ((), "f8", -1.0)},
-    "contacts": {**_cells(CONTACT), "born": ((), "f8", -1.0), "beat": ((beacon.COLUMNS,), "f8", 0.0)},
+    "contacts": {
+        **_cells(CONTACT),
+        "born": ((), "f8", -1.0),
+        "visits": ((2,), "f8", 0.0),
+        "beat": ((beacon.COLUMNS,), "f4", 0.0),
+    },
     "codes": {"tally": ((2,), "f8", 0.0)},
 }
 """Arrays of each table: shape of a slot's part, dtype, and what an unused slot holds."""
@@ -69,7 +77,7 @@ def _moved(array: Array, rows: npt.NDArray[np.intp], size: int) -> Array:
     step = max(1, _PIECE // (array.itemsize * int(np.prod(array.shape[1:]))))
     for begin in range(0, len(rows), step):
         piece = array[rows[begin : begin + step]]
-        if piece.any():
+        if piece.dtype.kind == "T" or (piece.view(np.float64) if piece.dtype == CELL else piece).any():
             moved[begin : begin + len(piece)] = piece
     return moved
 
@@ -118,7 +126,7 @@ class Store:
         for name, (_, _, fill) in self.fields.items():
             if size > held:
                 self.arrays[name] = _moved(self.arrays[name], np.arange(self.filled), size)
-            if fill != 0:
+            if fill:
                 self.arrays[name][self.filled : needed] = fill
         self.filled = needed
 
@@ -174,13 +182,13 @@ class Memory:
             out |= {f"{name}/table/{k}": v for k, v in store.table.state().items()}
             for field, array in store.arrays.items():
                 part = array[:n].copy()
-                # Names as bytes and offsets: an array of objects cannot be written without pickling.
-                if part.dtype == object:
+                # Names as bytes and offsets: an array of strings cannot be written without pickling.
+                if part.dtype.kind == "T":
                     _, offsets, data = pa.array(part.tolist(), pa.large_string()).buffers()
                     out[f"{name}/{field}/offsets"] = np.frombuffer(offsets, np.int64, n + 1).copy()
                     out[f"{name}/{field}/bytes"] = np.frombuffer(data or b"", np.uint8).copy()
-                else:
-                    out[f"{name}/{field}"] = part
+                else:  # cells as words: two of each
+                    out[f"{name}/{field}"] = part.view(np.uint64) if part.dtype == CELL else part
         return out
 
     @classmethod
@@ -195,12 +203,13 @@ class Memory:
             n = len(store.table)
             store._room(max(n, 1))
             for field, array in store.arrays.items():
-                if array.dtype == object:
+                if array.dtype.kind == "T":
                     offsets, data = state[f"{name}/{field}/offsets"], state[f"{name}/{field}/bytes"]
                     text = pa.Array.from_buffers(
                         pa.large_string(), n, [None, pa.py_buffer(offsets), pa.py_buffer(data)]
                     )
                     array[:n] = text.to_numpy(zero_copy_only=False)
                 else:
-                    array[:n] = state[f"{name}/{field}"]
+                    saved = state[f"{name}/{field}"]
+                    array[:n] = saved.view(CELL).reshape(n, *array.shape[1:]) if array.dtype == CELL else saved
         return memory

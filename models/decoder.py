@@ -25,6 +25,10 @@ GAIN: Final = 8.0
 
 
 _OF_SOURCE: Final = tuple(a for a, _ in signatures.PAIRS)
+_OF_TARGET: Final = tuple(b for _, b in signatures.PAIRS)
+_PLACES: Final = tuple(_OF_TARGET.index(b) if b in _OF_TARGET else -1 for b in range(signatures.BLOCKS))
+"""Where in the target side, behind its tower, each block of a sketch is: what is there need not be kept twice."""
+_REST: Final = _PLACES.index(-1)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -107,10 +111,11 @@ class Decoder(nn.Module):
 
     @staticmethod
     def answer(
-        plain: Plain, rows: Int64, service: Int32, embedding: Float32, sketch: Float32 | None
+        plain: Plain, rows: Int64, service: Int32, embedding: Float32, peers: Float32, rest: Float32 | None
     ) -> tuple[Float32, Float32]:
         """As `sources`, without gradients and without torch, whose own overhead is what costs where rows are few (five
-        times as much): of `rows` i64[n] of the tables embedding f32[h, d] and sketch, and service codes i32[n]."""
+        times as much): of `rows` i64[n] of the tables embedding f32[h, d], peers and rest (`unsketched`), and service
+        codes i32[n]."""
         n, d = len(rows), embedding.shape[1]
         x, known = np.empty((n, d + SERVICE), np.float32), np.empty((n, SERVICE), np.float32)
         _inputs(rows, service, embedding, plain.service, x, known)
@@ -119,10 +124,10 @@ class Decoder(nn.Module):
         tower = _linear(plain.source[1], hidden)
         _scale(tower, _linear(plain.diagonal, known), np.float32(TOWER**-0.5))
         stranger = _linear(plain.stranger, tower)[:, 0]
-        if plain.overlap is None or sketch is None:
+        if plain.overlap is None or rest is None:
             return tower, stranger
         out = np.empty((n, TOWER + len(signatures.PAIRS) * signatures.WIDTH), np.float32)
-        _outputs(rows, sketch, tower, _linear(plain.overlap, known), np.float32(GAIN), out)
+        _outputs(rows, peers, rest, tower, _linear(plain.overlap, known), np.float32(GAIN), out)
         return out, stranger
 
     def targets(self, embedding: Tensor, sketch: Tensor | None) -> Tensor:
@@ -153,15 +158,19 @@ def _scale(tower, diagonal, factor):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _outputs(rows, sketch, tower, weight, gain, out):  # type: ignore[no-untyped-def]
+def _outputs(rows, peers, rest, tower, weight, gain, out):  # type: ignore[no-untyped-def]
     """Towers, and behind them the blocks of sketches that overlaps are made of, weighted by service."""
     for i in range(len(rows)):
         for j in range(TOWER):
             out[i, j] = tower[i, j]
         for k in range(len(_OF_SOURCE)):
             scale, begin = gain * weight[i, k], TOWER + k * signatures.WIDTH
+            place = _PLACES[_OF_SOURCE[k]]
             for j in range(signatures.WIDTH):
-                out[i, begin + j] = sketch[rows[i], _OF_SOURCE[k] * signatures.WIDTH + j] * scale
+                if place >= 0:
+                    out[i, begin + j] = peers[rows[i], TOWER + place * signatures.WIDTH + j] * scale
+                else:
+                    out[i, begin + j] = rest[rows[i], j] * scale
 
 
 def _plain(layer: nn.Module) -> Linear:
@@ -173,6 +182,18 @@ def _linear(layer: Linear, x: Float32) -> Float32:
     out: Float32 = x @ layer[0]
     out += layer[1]
     return out
+
+
+def unsketched(sketch: Tensor) -> Tensor:
+    """The part f32[n, WIDTH] of sketches that is not in `Decoder.targets` of them: `sketched` puts it back."""
+    return _block(sketch, _REST).contiguous()
+
+
+def sketched(own: Tensor, peers: Tensor, rest: Tensor) -> Tensor:
+    """Sketches f32[n, BLOCKS · WIDTH] of hosts with these signatures, target sides, and what these leave out."""
+    overlaps = peers[:, TOWER:]
+    others = (rest if place < 0 else _block(overlaps, place) for place in _PLACES[1:])
+    return torch.cat([own, *others], 1)
 
 
 def _block(sketch: Tensor, k: int) -> Tensor:

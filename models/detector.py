@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flowsage.collector.errors import ConfigurationError
+from flowsage.graph import memory
 from flowsage.graph.addresses import Internal
 from flowsage.graph.build import Contacts, contacts
 from flowsage.graph.flows import FlowBatch
@@ -28,6 +29,9 @@ from flowsage.models.testimony import Witness
 
 ALL_TIME = 1 << 62
 """Window length, ns, that holds every flow of a pane, whenever it started."""
+
+LARGE = 1 << 21
+"""Flows that leave so much behind in the heap that it is worth giving back."""
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -94,7 +98,10 @@ class Detector:
         seen = contacts(arrived, ALL_TIME)
         self._folded = arrived, seen
         looked = self.history.lookup(seen)
-        return self.alarms.step(now_ns, seen, looked, self._misplaced(seen, looked.known == 0))
+        found = self.alarms.step(now_ns, seen, looked, self._misplaced(seen, looked.known == 0))
+        if len(arrived) >= LARGE:
+            memory.give_back()
+        return found
 
     def close(self, flows: FlowBatch, *, terms: bool = False) -> ClosedWindows:
         """Score the flows of windows that have closed, in time order, and learn from them.
@@ -103,6 +110,8 @@ class Detector:
         """
         run = self._fold(flows)
         scores = self.history.score(flows, run, terms=terms)
+        if len(flows) >= LARGE:
+            memory.give_back()
         first = scores.known == 0
         tails = np.full(len(run), np.nan)
         for k, (begin, end) in enumerate(zip(run.offsets[:-1], run.offsets[1:], strict=True)):

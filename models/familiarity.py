@@ -81,11 +81,10 @@ class Scratch(NamedTuple):
     svc_n: Float64
     ss_n: Float64
     ss_up: Int32
-    e_n: Float64
+    e_n: Int32
     es_up: Int32
     es_n: Float64
     o_n: Float64
-    o_l: Float64
 
     @classmethod
     def empty(cls, sizes: list[int]) -> Scratch:
@@ -97,7 +96,7 @@ class Scratch(NamedTuple):
 
         return cls(
             room(s, 8), room(s, 4), room(svc, 4), room(ss, 8), memory.empty((ss, 2), np.int32),
-            room(e, 1), memory.empty((es, 2), np.int32), room(es, 2), room(o, 4),
+            memory.empty(e, np.int32), memory.empty((es, 2), np.int32), memory.empty(es, np.float64),
             room(o, 4),
         )  # fmt: skip
 
@@ -138,7 +137,7 @@ def familiarity(  # type: ignore[no-untyped-def]
     ways = run.ways
     s_rows, svc_rows, ss_rows, e_rows, es_rows, o_rows = rows
     s_count, svc_count, ss_count, e_count, es_count, o_count = counts
-    s_n, s_t, svc_n, ss_n, ss_up, e_n, es_up, es_n, o_n, o_l = scratch
+    s_n, s_t, svc_n, ss_n, ss_up, e_n, es_up, es_n, o_n = scratch
     loaded = weights[F_O] != 0.0 or weights[N_O] != 0.0 or weights[G_O] != 0.0
     bursts, silence = weights[F_0] != 0.0, weights[A_0] != 0.0
     line = np.empty((2, len(TERMS)))
@@ -167,11 +166,11 @@ def familiarity(  # type: ignore[no-untyped-def]
             if run.kept[c]:
                 s_n[s, 1] = 1.0
                 ss_n[ss, 1] = 1.0
-            # A kept contact counts 1, an answered one 2.
-            es_n[es, 0] = int(es_n[es, 0]) | int(run.kept[c]) | int(run.answered[c] > 0) << 1
+            # A kept contact counts 1, an answered one 2, and below an earlier window 4.
+            es_n[es] = int(es_n[es]) | int(run.kept[c]) | int(run.answered[c] > 0) << 1
             ss_up[ss, 0] = s
             ss_up[ss, 1] = svc_rows.row[v]
-            e_n[e_rows.row[v], 0] = s
+            e_n[e_rows.row[v]] = s
             es_up[es, 0] = ss
             es_up[es, 1] = o
         # es: tokens for its parents.
@@ -185,23 +184,24 @@ def familiarity(  # type: ignore[no-untyped-def]
             if es_count[slot, ES_KEPT] > 0.0:
                 ss_n[ss, 2] = 1.0
             ss_n[ss, 3] += 1.0
-            es_n[r, 1] = es_count[slot, ES_ALL]
+            marks, windows = int(es_n[r]), es_count[slot, ES_ALL]
+            es_n[r] = marks + 4.0 * windows
             es_count[slot, ES_ALL] += 1.0
-            if es_n[r, 1] == 0.0:
+            if windows == 0.0:
                 ss_n[ss, 4] += 1.0
-            if es_n[r, 0] >= 2.0:
+            if marks >= 2:
                 o_n[o, 0] += 1.0
                 if es_count[slot, ES_ANSWERED] == 0.0:
                     o_n[o, 1] += 1.0
                 es_count[slot, ES_ANSWERED] += 1.0
-            es_count[slot, ES_KEPT] += int(es_n[r, 0]) & 1
+            es_count[slot, ES_KEPT] += marks & 1
         for r in range(n_e):
             prefetch(e_count, e_rows.row_slot[e0 + min(r + AHEAD, n_e - 1)])
-            s, slot = int(e_n[r, 0]), e_rows.row_slot[e0 + r]
-            e_n[r, 0] = e_count[slot, 0]
+            s, slot = e_n[r], e_rows.row_slot[e0 + r]
+            e_n[r] = int(e_count[slot, 0])
             e_count[slot, 0] += 1.0
             s_n[s, 4] += 1.0
-            if e_n[r, 0] == 0.0:
+            if e_n[r] == 0:
                 s_n[s, 5] += 1.0
         # ss: tokens for s, flows for the pools.
         for r in range(n_ss):
@@ -259,7 +259,7 @@ def familiarity(  # type: ignore[no-untyped-def]
             prefetch(o_count, o_rows.row_slot[o0 + min(r + AHEAD, n_o - 1)])
             slot = o_rows.row_slot[o0 + r]
             tokens, distinct = o_count[slot, O_TOKENS], o_count[slot, O_NEW]
-            o_n[r, 2] = log_now - math.log(o_count[slot, O_ANSWERED] + 0.5) + new_child(tokens, distinct)
+            o_n[r, 3] = log_now - math.log(o_count[slot, O_ANSWERED] + 0.5) + new_child(tokens, distinct)
             if o_n[r, 0] > 0.0:
                 o_count[slot, O_ANSWERED] += 1.0
                 o_count[slot, O_TOKENS] += o_n[r, 0]
@@ -291,18 +291,19 @@ def familiarity(  # type: ignore[no-untyped-def]
             ss_count[slot, SS_X] += x
             ss_count[slot, SS_ES] += tokens
             ss_count[slot, SS_ES_NEW] += fresh
-        # Ranks of the first meetings, and the token of each source: s_n[., 4], [., 5] are its largest D and where.
+        # Ranks of the first meetings, and the token of each source: s_n[., 4], [., 5] are its largest D and where. From
+        # here on es_n is minus the rank of what is new, the earlier windows of what is not.
         s_n[:n_s, 4] = -1.0
         for r in range(n_es):
-            answered = es_n[r, 0] >= 2.0
-            if es_n[r, 1] > 0.0:
-                es_n[r, 0] = 0.0
+            answered = es_n[r] >= 2.0
+            if es_n[r] >= 4.0:
+                es_n[r] = int(es_n[r]) >> 2
                 continue
             ss, o = es_up[r, 0], es_up[r, 1]
             s, svc = ss_up[ss, 0], svc_rows.row_slot[svc0 + ss_up[ss, 1]]
-            d = max(0.0, o_n[o, 2])
+            d = max(0.0, o_n[o, 3])
             b = bucket(d)
-            es_n[r, 0] = meeting_rank(d, ranks[b], ranks[0], svc_ranks[svc, b], svc_ranks[svc, 0])
+            es_n[r] = -max(0.0, meeting_rank(d, ranks[b], ranks[0], svc_ranks[svc, b], svc_ranks[svc, 0]))
             if answered and d > s_n[s, 4]:
                 s_n[s, 4] = d
                 s_n[s, 5] = svc
@@ -313,9 +314,9 @@ def familiarity(  # type: ignore[no-untyped-def]
                     ranks[b] += 1
                     svc_ranks[svc, b] += 1
         if loaded:
-            load(run, w, now, es_rows.row, o_rows.row, o_rows.row_slot[o0 : o0 + n_o], loads[0], loads[1], o_l)
+            load(run, w, now, es_rows.row, o_rows.row, o_rows.row_slot[o0 : o0 + n_o], loads[0], loads[1], o_n)
         else:
-            o_l[:n_o] = 0.0
+            o_n[:n_o, :3] = 0.0
         # Out: each directed contact gets what its keys have.
         last = end - 1
         for c in range(run.offsets[w], run.offsets[w + 1]):
@@ -326,7 +327,7 @@ def familiarity(  # type: ignore[no-untyped-def]
                 prefetch(ss_n, ss_rows.row[soon])
                 prefetch(o_n, o_rows.row[soon])
                 s, svc, ss, es = s_rows.row[v], svc_rows.row[v], ss_rows.row[v], es_rows.row[v]
-                new, ports = es_n[es, 1] == 0.0, port_part(run.service[c]) >= 0
+                new, ports = es_n[es] <= 0.0, port_part(run.service[c]) >= 0
                 line[way, B_S] = s_t[s, 0]
                 line[way, B_SS] = ss_n[ss, 0]
                 line[way, K_SS] = ss_n[ss, 1]
@@ -337,23 +338,23 @@ def familiarity(  # type: ignore[no-untyped-def]
                 line[way, C_SS] = ss_n[ss, 3]
                 line[way, P_SS] = ss_n[ss, 4]
                 line[way, C_ES] = ss_n[ss, 5] if new and ports else 0.0
-                line[way, C_E] = s_t[s, 2] if e_n[e_rows.row[v], 0] == 0.0 and not ports else 0.0
-                line[way, DC] = es_n[es, 0] if ports else 0.0
-                line[way, F_O] = o_l[o_rows.row[v], 0]
-                line[way, N_O] = o_l[o_rows.row[v], 1]
-                line[way, G_O] = o_l[o_rows.row[v], 2]
+                line[way, C_E] = s_t[s, 2] if e_n[e_rows.row[v]] == 0 and not ports else 0.0
+                line[way, DC] = -es_n[es] if new and ports else 0.0
+                line[way, F_O] = o_n[o_rows.row[v], 0]
+                line[way, N_O] = o_n[o_rows.row[v], 1]
+                line[way, G_O] = o_n[o_rows.row[v], 2]
                 line[way, F_0] = worth * (max(0.0, ss_n[ss, 2]) + 0.5 * max(0.0, s_t[s, 1])) if bursts else 0.0
                 line[way, F_1] = 0.0 if served or weights[F_1] == 0.0 else -s_t[s, 1]
                 own = run.src[c] == run.dst[c]
-                line[way, B_SELF] = log_now - math.log(e_n[e_rows.row[v], 0] + 0.5) if own else 0.0
+                line[way, B_SELF] = log_now - math.log(e_n[e_rows.row[v]] + 0.5) if own else 0.0
                 line[way, R_0] = s_n[s, 0]
                 line[way, A_0] = worth if silence and not run.kept[c] else 0.0
-                line[way, D] = o_n[o_rows.row[v], 2]
+                line[way, D] = o_n[o_rows.row[v], 3]
                 if way == 0:
-                    before[c] = es_n[es, 1]
+                    before[c] = max(0.0, es_n[es])
                     if looked.shape[1] > 0:
-                        looked[L_KNOWN, c] = es_n[es, 1]
-                        looked[L_PAIR, c] = e_n[e_rows.row[v], 0]
+                        looked[L_KNOWN, c] = before[c]
+                        looked[L_PAIR, c] = e_n[e_rows.row[v]]
                         looked[L_SERVICE, c] = ss_n[ss, 6]
                         looked[L_C_SS, c] = ss_n[ss, 3]
             if ways == 2:

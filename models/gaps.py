@@ -31,7 +31,7 @@ _LOG = np.array([math.log(max(c, 1)) for c in _COUNTS])
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def add_gap(state, first, gap):  # type: ignore[no-untyped-def]
-    """One more gap > 0 of a pair, into its f8 columns from `first` on.
+    """One more gap > 0 of a pair, into its columns from `first` on.
 
     LLR ← clip(LLR + ln(.9 p/q + .1), 0, 200): p the Student-t predictive of ln gap (normal-inverse-gamma, prior weight
     and shape 1, rate .02), q a Poisson process' predictive gap (Lomax), both after the earlier gaps. The first gap only

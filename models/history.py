@@ -23,7 +23,7 @@ from flowsage.models.beat import beat
 from flowsage.models.familiarity import Scratch, familiarity
 from flowsage.models.history_scores import ContactTerms, Float64, HistoryScores, Outputs, Parts
 from flowsage.models.key_levels import ES, LEVEL_NAMES, SS, SVC, E, Level, O, Rows, Run, S, assign_together
-from flowsage.models.keys import NEVER, Int32, Int64
+from flowsage.models.keys import LATEST, NEVER, Int32, Int64
 from flowsage.models.rarity import BUCKETS
 from flowsage.models.recall import recall
 from flowsage.models.scoring import score
@@ -46,7 +46,7 @@ class HistoryConfig:
     """How history counts. `undirected` where initiators are unknown: every flow then counts both ways.
 
     max_keys: keys of each kind remembered at most after a window; beyond it some leave (`KeyTable.evict`), an eighth
-    at a time. Five million of every kind are 3.3 GB.
+    at a time. Five million of every kind are 3.1 GB.
     """
 
     undirected: bool = False
@@ -107,7 +107,7 @@ class History:
         hosts: list[tuple[Int32, Int64, Float64]] = []
         begin = 0
         while begin < len(contacts.windows):
-            end = self._chunk_end(contacts.offsets, begin, ways)
+            end = self._chunk_end(contacts, begin, ways)
             of_c = slice(int(contacts.offsets[begin]), int(contacts.offsets[end]))
             of_f = slice(int(contacts.flow_offsets[begin]), int(contacts.flow_offsets[end]))
             run = _run(contacts, ways, begin, end, of_c, of_f)
@@ -168,7 +168,8 @@ class History:
         else:
             self._together(size, *(partial(assign, level) for level in (ES, E, SS, O, S, SVC)))
         sums = memory.empty((len(run.src) * run.ways, 4), np.float64)
-        volumes = ((ES, flows.bytes_fwd, out.v_fwd), (S, flows.bytes_rev, out.v_rev))
+        # Of es last: its scratch is large, and so is that of `count`, which will have been given back.
+        volumes = ((S, flows.bytes_rev, out.v_rev), (ES, flows.bytes_fwd, out.v_fwd))
         self._together(size, beats, count, *(partial(learn_volume, *each) for each in volumes))
         for level in (SVC, SS, ES, O):  # of many contacts they are large, and not needed any more
             rows[level] = _NO_ROWS
@@ -242,13 +243,15 @@ class History:
         """Scratch for so many rows: what small chunks share, else their own."""
         return self._scratch if max(sizes) <= _SMALL else Scratch.empty(sizes)
 
-    def _chunk_end(self, offsets: npt.NDArray[np.int64], begin: int, ways: int) -> int:
+    def _chunk_end(self, contacts: Contacts, begin: int, ways: int) -> int:
         """Windows begin:end that are handled at once: one at a time where keys may have to leave after each."""
-        if begin + 1 == len(offsets) - 1:
+        windows, offsets = contacts.windows, contacts.offsets
+        if begin + 1 == len(windows):
             return begin + 1
         room = self.config.max_keys - max(len(level.table) for level in self.levels)
         most = int(offsets[begin]) + min(_CHUNK, max(0, room)) // ways
-        return max(begin + 1, int(np.searchsorted(offsets, most, side="right")) - 1)
+        end = int(np.searchsorted(offsets, most, side="right")) - 1
+        return max(begin + 1, min(end, int(np.searchsorted(windows, windows[begin] + LATEST))))
 
     def _together(self, size: int, *jobs: Callable[[], None]) -> None:
         """Independent jobs, the longest first; two at a time where their size is worth a second thread."""

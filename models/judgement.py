@@ -10,7 +10,7 @@ from flowsage.graph.services import on_ports
 from flowsage.models.analytics import DATABASE_PORTS, GUESS, MEETING
 from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD
-from flowsage.models.records import BEFORE, HELD, LAST, LEVEL, RECORD, growth, touch
+from flowsage.models.records import BEFORE, HELD, RECORD, growth, touch
 
 LEAST_EXCESS = 1.0
 """An alarm needs S of at least this: e times what was there before."""
@@ -64,11 +64,11 @@ def judge(  # type: ignore[no-untyped-def]
             x = x if causes >= 2 else 0.0
             level = np.expm1(x)
         else:
-            level = cell[row, LEVEL]
+            level = cell[row].level
             x = level if what == 3 else -1.0
         held = earlier[row, HELD] >= now
         if not held or learns[a]:
-            cell[row, LAST] = max(cell[row, LAST], level)
+            cell[row].last = max(cell[row].last, level)
         if x < 0.0:
             if level <= nothing:
                 continue
@@ -105,7 +105,7 @@ def judge(  # type: ignore[no-untyped-def]
             if direct[a]:
                 earlier[row, RECORD] = max(earlier[row, RECORD], x + fade[a] * now)
             if not learns[a]:
-                cell[row, LAST] = earlier[row, BEFORE] = 0.0
+                cell[row].last = earlier[row, BEFORE] = 0.0
             excluded[host, a] = True
             if not is_target[a]:  # a host that scans is no witness of whom hosts like it meet
                 excluded[host, MEETING] = True

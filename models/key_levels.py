@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.keys import (
+    FRESH,
     KEY,
     LOWER,
-    NEVER,
-    SEEN,
     SLOT,
     Int32,
     Int64,
@@ -118,16 +117,17 @@ def level_key(level, s, t, service):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _assign(level, entries, run, rows, done, window, total, count):  # type: ignore[no-untyped-def]
+def _assign(level, entries, row_of, origin, run, rows, done, window, total, count):  # type: ignore[no-untyped-def]
     """Slots and rows of the directed contacts from `done` on, until the table is full.
 
-    Returns (directed contacts done, window, rows so far, keys in the table): where to go on with a larger table.
+    row_of i32[·]: row of each slot in the window in which it was last seen; origin: of the table. Returns
+    (directed contacts done, window, rows so far, keys in the table): where to go on with a larger table.
     """
     limit = entries.shape[0] * 7 // 10
     ways = run.ways
     keys = np.empty(_BATCH, np.int64)
     for w in range(window, len(run.windows)):
-        tick = run.windows[w]
+        time = run.windows[w] - origin
         begin = run.offsets[w] * ways
         end = run.offsets[w + 1] * ways
         if done <= begin:
@@ -152,24 +152,25 @@ def _assign(level, entries, run, rows, done, window, total, count):  # type: ign
                         return v, w, total, count
                     count += 1
                     entries[at, KEY] = key
-                    entries[at, SLOT] = count
-                    entries[at, SEEN] = NEVER
+                    entries[at, SLOT] = FRESH | count
                 slot = np.int32((entries[at, SLOT] & LOWER) - 1)
-                if come(entries, at, tick):
-                    entries[at, SLOT] = ((total - rows.start[w]) << 32) | np.int64(slot + 1)
+                if come(entries, at, time):
+                    row_of[slot] = total - rows.start[w]
                     rows.row_slot[total] = slot
                     total += 1
                 rows.slot[v] = slot
-                rows.row[v] = entries[at, SLOT] >> 32
+                rows.row[v] = row_of[slot]
     rows.start[len(run.windows)] = total
     return len(rows.slot), len(run.windows), total, count
 
 
 @numba.njit(cache=True, nogil=True)
-def _assign_each(entries, run, rows, counts):  # type: ignore[no-untyped-def]
+def _assign_each(entries, row_of, origins, run, rows, counts):  # type: ignore[no-untyped-def]
     """`_assign` of every level, where all tables have room; counts i64[6] keys in each."""
     for level in range(len(entries)):
-        counts[level] = _assign(level, entries[level], run, rows[level], 0, 0, 0, counts[level])[3]
+        counts[level] = _assign(
+            level, entries[level], row_of[level], origins[level], run, rows[level], 0, 0, 0, counts[level]
+        )[3]
 
 
 def assign_together(levels: Sequence[Level], run: Run) -> list[Rows] | None:
@@ -177,11 +178,12 @@ def assign_together(levels: Sequence[Level], run: Run) -> list[Rows] | None:
     v, w = len(run.src) * run.ways, len(run.windows)
     if any(level.table.room < v for level in levels):
         return None
-    entries = tuple(level.table.entries for level in levels)
+    entries, row_of = tuple(level.table.entries for level in levels), tuple(level.row_of() for level in levels)
+    origins = np.array([level.origin(run) for level in levels], np.int64)
     numbers, start = np.empty((len(levels), 3, v), np.int32), np.empty((len(levels), w + 1), np.int64)
     rows = tuple(Rows(slot, row, row_slot, begin) for (slot, row, row_slot), begin in zip(numbers, start, strict=True))
     counts = np.array([len(level.table) for level in levels], np.int64)
-    _assign_each(entries, run, rows, counts)
+    _assign_each(entries, row_of, origins, run, rows, counts)
     for level, count in zip(levels, counts.tolist(), strict=True):
         level.learnt(count)
     return list(rows)
@@ -194,6 +196,7 @@ class Level:
         self.level = level
         self.table = KeyTable()
         self.arrays = {name: aligned_zeros((16, width), kind) for name, (width, kind) in _COLUMNS[level].items()}
+        self._row_of = np.empty(0, np.int32)
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         return self.arrays[name]
@@ -208,10 +211,10 @@ class Level:
             np.empty(len(run.windows) + 1, np.int64),
         )
         done = window = total = 0
-        before = len(self.table)
+        before, origin = len(self.table), self.origin(run)
         while True:
             done, window, total, count = _assign(
-                self.level, self.table.entries, run, rows, done, window, total, len(self.table)
+                self.level, self.table.entries, self.row_of(), origin, run, rows, done, window, total, len(self.table)
             )
             self.table.inserted(count)
             if done == v:
@@ -221,6 +224,18 @@ class Level:
             self.table.grow(min(expected, count + count // 2))
         self._reserve(len(self.table))
         return rows
+
+    def origin(self, run: Run) -> int:
+        """Of the table, for the windows of a chunk."""
+        return self.table.origin(int(run.windows[0]), int(run.windows[-1])) if len(run.windows) else 0
+
+    def row_of(self) -> Int32:
+        """Room for the row of every slot that the table has room for; what is not used takes no memory."""
+        room, held = len(self.table) + self.table.room, self._row_of
+        if len(held) < room:
+            self._row_of = np.empty(room, np.int32)
+            self._row_of[: min(len(held), len(self.table))] = held[: len(self.table)]
+        return self._row_of
 
     def learnt(self, count: int) -> None:
         """The table holds `count` keys now."""
@@ -265,4 +280,4 @@ class Level:
     @property
     def nbytes(self) -> int:
         """Bytes of the table and the arrays."""
-        return self.table.nbytes + sum(a.nbytes for a in self.arrays.values())
+        return self.table.nbytes + self._row_of.nbytes + sum(a.nbytes for a in self.arrays.values())

@@ -1,6 +1,6 @@
 """Keyed memory: 64-bit keys to dense slots, bounded by forgetting what came only once or was unseen for longest.
 
-A `KeyTable` is an open-addressing hash table (linear probing, at most 70 % full) of 24-byte entries. It owns no values:
+A `KeyTable` is an open-addressing hash table (linear probing, at most 70 % full) of 16-byte entries. It owns no values:
 whoever uses it keeps arrays indexed by slot, grows them with `len(table)`, and compacts them with what `evict` returns.
 New keys get slots in the order in which they come, so state of new keys is written in sequence. Keys have to be well
 mixed (`mix`, or a hash of a name): their lower half, as a share of the table, is where they belong (`home`; Lemire:
@@ -23,13 +23,19 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
 
-KEY, SLOT, SEEN = range(3)
-"""Words of an entry: the key, slot + 1 (0: empty, so that fresh zero pages are an empty table), and twice the tick at
-which it was last seen, odd once it has been seen at two (`come`). The upper half of the slot's word belongs to the
-owner for the duration of a tick."""
+KEY, SLOT = range(2)
+"""Words of an entry: the key; and slot + 1 (0: empty, so that fresh zero pages are an empty table), in its upper half
+twice the time at which it was last seen, odd once it has been seen at two (`come`). Times are ticks since the table's
+origin, of 31 bits."""
 
 LOWER = np.int64(0xFFFF_FFFF)
 """The slot's part of its word."""
+
+FRESH = np.int64(-1 << 32)
+"""The other part of an entry that is just made."""
+
+LATEST = (1 << 31) - 2
+"""Times are at most this."""
 
 AHEAD = 16
 """How many rows ahead kernels `prefetch`."""
@@ -53,7 +59,7 @@ def mix(a, b):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def home(entries, key):  # type: ignore[no-untyped-def]
-    """Index from which on `key`'s entry is looked for. `entries` i64[size, 3], `key` i64."""
+    """Index from which on `key`'s entry is looked for. `entries` i64[size, 2], `key` i64."""
     return ((key & LOWER) * entries.shape[0]) >> 32
 
 
@@ -69,20 +75,21 @@ def position(entries, key):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def come(entries, at, tick):  # type: ignore[no-untyped-def]
-    """The key of entry `at` is there at `tick`: marks it, and tells whether that is new in this tick.
+def come(entries, at, time):  # type: ignore[no-untyped-def]
+    """The key of entry `at` is there at `time`: marks it, and tells whether that is new at this time.
 
-    Whoever makes an entry writes `NEVER` first.
+    Whoever makes an entry writes `FRESH` into it first.
     """
-    seen = entries[at, SEEN]
-    if seen >> 1 == tick:
+    word = entries[at, SLOT]
+    seen = word >> 32 & LOWER
+    if seen >> 1 == time:
         return False
-    entries[at, SEEN] = (tick << 1) | (seen != NEVER)
+    entries[at, SLOT] = (np.int64(time) << 1 | (seen != LOWER)) << 32 | word & LOWER
     return True
 
 
 @numba.njit(cache=True, nogil=True)
-def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: int, slots: Int32) -> tuple[int, int]:
+def _find_or_insert(entries: Int64, keys: Int64, time: int, done: int, count: int, slots: Int32) -> tuple[int, int]:
     """Slots of keys[done:], until the table is full. Returns (keys done, keys in the table)."""
     limit = entries.shape[0] * 7 // 10
     for i in range(done, len(keys)):
@@ -94,17 +101,17 @@ def _find_or_insert(entries: Int64, keys: Int64, tick: int, done: int, count: in
             count += 1
             entries[at, KEY] = keys[i]
             entries[at, SLOT] = count
-            entries[at, SEEN] = NEVER
-        come(entries, at, tick)
+            entries[at, SLOT] = FRESH | count
+        come(entries, at, time)
         slots[i] = (entries[at, SLOT] & LOWER) - 1
     return len(keys), count
 
 
 @numba.njit(cache=True, nogil=True)
-def _find_or_insert_each(entries, keys, tick, counts, slots):  # type: ignore[no-untyped-def]
-    """`_find_or_insert` of several tables that all have room; counts i64[·] keys in each."""
+def _find_or_insert_each(entries, keys, times, counts, slots):  # type: ignore[no-untyped-def]
+    """`_find_or_insert` of several tables that all have room; times, counts i64[·]: that of now, and keys, in each."""
     for k in range(len(entries)):
-        counts[k] = _find_or_insert(entries[k], keys[k], tick, 0, counts[k], slots[k])[1]
+        counts[k] = _find_or_insert(entries[k], keys[k], times[k], 0, counts[k], slots[k])[1]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -122,7 +129,7 @@ def _place(source: Int64, target: Int64) -> None:
         prefetch(target, home(target, source[min(i + AHEAD, n - 1), KEY]))
         if source[i, SLOT] != 0:
             at = position(target, source[i, KEY])
-            for j in range(3):
+            for j in range(2):
                 target[at, j] = source[i, j]
 
 
@@ -161,8 +168,9 @@ def find_or_insert_each(tables: Sequence[KeyTable], keys: Sequence[UInt64], slot
     if any(table.room < len(each) for table, each in zip(tables, keys, strict=True)):
         return False
     counts = np.array([len(table) for table in tables], np.int64)
+    times = np.array([table.time(tick) for table in tables], np.int64)
     signed = tuple(each.view(np.int64) for each in keys)
-    _find_or_insert_each(tuple(table.entries for table in tables), signed, tick, counts, tuple(slots))
+    _find_or_insert_each(tuple(table.entries for table in tables), signed, times, counts, tuple(slots))
     for table, count in zip(tables, counts.tolist(), strict=True):
         table.inserted(count)
     return True
@@ -179,10 +187,12 @@ class KeyTable:
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        self.entries: Int64 = aligned_zeros((_size(capacity), 3), np.int64)
+        self.entries: Int64 = aligned_zeros((_size(capacity), 2), np.int64)
         self.evicted = 0
         """Keys forgotten so far."""
         self._count = 0
+        self._origin = 0
+        """Tick of time 0."""
 
     def __len__(self) -> int:
         return self._count
@@ -200,12 +210,32 @@ class KeyTable:
     def find_or_insert(self, keys: UInt64, tick: int) -> Int32:
         """Slots i32[n] of `keys` u64[n], new ones for new keys; all of them now count as seen at `tick`."""
         signed, slots = np.ascontiguousarray(keys).view(np.int64), np.empty(len(keys), np.int32)
-        done = 0
+        done, time = 0, self.time(tick)
         while True:
-            done, self._count = _find_or_insert(self.entries, signed, tick, done, self._count, slots)
+            done, self._count = _find_or_insert(self.entries, signed, time, done, self._count, slots)
             if done == len(keys):
                 return slots
             self.grow()
+
+    def time(self, tick: int) -> int:
+        """What stands for `tick` in the entries."""
+        return max(0, tick - self.origin(tick, tick))
+
+    def origin(self, first: int, last: int) -> int:
+        """Tick of time 0, now that ticks `first` to `last` come, no more than `LATEST` apart.
+
+        Of ticks longer ago no more is known than that.
+        """
+        if not self._count:
+            self._origin = first
+        past = last - LATEST - self._origin
+        if past > 0:
+            used = self.entries[:, SLOT] != 0
+            word = self.entries[used, SLOT]
+            seen = word >> 32 & LOWER
+            self.entries[used, SLOT] = np.maximum(seen - 2 * past, seen & 1) << 32 | word & LOWER
+            self._origin += past
+        return self._origin
 
     def find(self, keys: UInt64) -> Int32:
         """Slots i32[n] of `keys` u64[n], -1 where there is none."""
@@ -236,9 +266,8 @@ class KeyTable:
         if self._count <= max_keys:
             return None
         used = self.entries[self.entries[:, SLOT] != 0]
-        seen = np.empty(self._count, np.int64)
-        used[:, SLOT] &= LOWER
-        seen[used[:, SLOT] - 1] = used[:, SEEN]
+        seen, slot = np.empty(self._count, np.int64), (used[:, SLOT] & LOWER) - 1
+        seen[slot] = used[:, SLOT] >> 32 & LOWER
         excess = self._count - max_keys
         gone = np.zeros(self._count, np.bool_)
         once = np.flatnonzero(seen & 1 == 0)
@@ -247,24 +276,25 @@ class KeyTable:
         left = np.flatnonzero(~gone)
         gone[left[_oldest(seen[left], len(left) - max_keys)]] = True
         remap = np.where(gone, -1, np.cumsum(~gone) - 1).astype(np.int32)
-        kept = used[~gone[used[:, SLOT] - 1]]
-        kept[:, SLOT] = remap[kept[:, SLOT] - 1] + 1
+        stays = ~gone[slot]
+        kept = used[stays]
+        kept[:, SLOT] = kept[:, SLOT] & ~LOWER | remap[slot[stays]] + 1
         self._count, self.evicted = max_keys, self.evicted + excess
         self._rebuild(kept, self.entries.shape[0])
         return remap
 
     def _rebuild(self, source: Int64, size: int) -> None:
-        target = aligned_zeros((size, 3), np.int64)
+        target = aligned_zeros((size, 2), np.int64)
         _place(source, target)
         self.entries = target
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Keys and when they were `SEEN` [len] in the order of slots, and the number evicted."""
+        """Keys, when they were seen (as in a `SLOT`, of ticks) [len] in the order of slots, and the number evicted."""
         used = self.entries[self.entries[:, SLOT] != 0]
         used = used[np.argsort(used[:, SLOT] & LOWER)]
         return {
             "keys": used[:, KEY].copy().view(np.uint64),
-            "seen": used[:, SEEN].copy(),
+            "seen": (used[:, SLOT] >> 32 & LOWER) + 2 * self._origin,
             "evicted": np.array(self.evicted, np.int64),
         }
 
@@ -273,10 +303,11 @@ class KeyTable:
         """The table that `state` describes."""
         n = len(state["keys"])
         table = cls(n)
-        source = np.zeros((n, 3), np.int64)
+        source = np.zeros((n, 2), np.int64)
+        if n:
+            table._origin = max(int(state["seen"].min() >> 1), int(state["seen"].max() >> 1) - LATEST)
         source[:, KEY] = state["keys"].view(np.int64)
-        source[:, SLOT] = np.arange(1, n + 1)
-        source[:, SEEN] = state["seen"]
+        source[:, SLOT] = np.maximum(state["seen"] - 2 * table._origin, state["seen"] & 1) << 32 | np.arange(1, n + 1)
         _place(source, table.entries)
         table._count, table.evicted = n, int(state["evicted"])
         return table

@@ -9,7 +9,7 @@ from flowsage.graph.prefetch import prefetch
 from flowsage.models.analytics import BURST, DOUBLES, DRIP, EXFIL, FAMILIES, FLOOD, TABLE, contributions
 from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
-from flowsage.models.records import AT, LEVEL, touch
+from flowsage.models.records import touch
 
 HIGHEST = 1e15
 """No level is higher: what doubles would not end."""
@@ -137,8 +137,8 @@ def raise_levels(  # type: ignore[no-untyped-def]
 
     A level belongs to its host, source or target, and hosts are dealt out by slot: parts share no cell.
     slots i32[5, c]: source and target host, (source, service), pair, contact. counts i32[3, c]: flows, answered,
-    failed. usual f8[c]: `uploads.usual`. cells, past f8[·, 3] of each kind. Writes touched i32[·, 3] (analytic, row,
-    contact); returns how many.
+    failed. usual f8[c]: `uploads.usual`. cells (`records.CELL`) [·], past f8[·, 3] of each kind. Writes touched
+    i32[·, 3] (analytic, row, contact); returns how many.
     """
     out, both, m = np.zeros(len(kind)), np.zeros(2, np.bool_), 0
     last = len(service) - 1
@@ -169,8 +169,8 @@ def raise_levels(  # type: ignore[no-untyped-def]
             ):  # fmt: skip
                 touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
                 m += 1
-            more = out[a] * (1.0 + cells[what][row, LEVEL]) if DOUBLES[a] else out[a]
-            cells[what][row, LEVEL] = min(HIGHEST, cells[what][row, LEVEL] + more)
+            more = out[a] * (1.0 + cells[what][row].level) if DOUBLES[a] else out[a]
+            cells[what][row].level = min(HIGHEST, cells[what][row].level + more)
     return m
 
 
@@ -181,10 +181,10 @@ def set_statistic(part, parts, source, cells, slots, strength, a, width, column,
         if source[i] % parts != part:
             continue
         row = slots[i] * width + column
-        if cells[row, AT] != now:
-            cells[row, AT] = now
-            cells[row, LEVEL] = 0.0
+        if cells[row].at != now:
+            cells[row].at = now
+            cells[row].level = 0.0
             touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
             m += 1
-        cells[row, LEVEL] = max(cells[row, LEVEL], strength[i])
+        cells[row].level = max(cells[row].level, strength[i])
     return m

@@ -37,7 +37,7 @@ def cold(seen):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def load(run, w, seen, es_row, o_row, o_slot, past, pool, out):  # type: ignore[no-untyped-def]
-    """Terms of the offered services of window w into out f8[rows of o, 4]; what they were is learnt.
+    """Terms of the offered services of window w into columns 0 to 2 of out f8[rows of o, 4]; what they were is learnt.
 
     seen: windows before (E). es_row, o_row: rows of directed contacts in the chunk; o_slot: slot of each row of o in
     this window. past f8[slots, 4]: sums of x and y, and windows; pool f8[3]: the same over all o. With x = ln(1 +
@@ -49,7 +49,7 @@ def load(run, w, seen, es_row, o_row, o_slot, past, pool, out):  # type: ignore[
     G_o   (60/(60 + E))² max(0, x − m − 2.5), 0 where there is no other: those without a past beside each other
     """
     rows = len(o_slot)
-    out[:rows] = 0.0
+    out[:rows, :3] = 0.0
     fresh = 0
     for v in range(run.offsets[w] * run.ways, run.offsets[w + 1] * run.ways):
         o = o_row[v]

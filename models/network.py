@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowsage.models import signatures
 from flowsage.models.columns import Float32, Int32
-from flowsage.models.decoder import Decoder, service_codes
+from flowsage.models.decoder import Decoder, service_codes, sketched, unsketched
 from flowsage.models.memory import Batch, MeetingMemory
 from flowsage.models.plausibility import STEEPEST, batch_popularity
 from flowsage.models.profiles import FEATURES
@@ -28,8 +28,9 @@ _MOVED: Final = 1 << 14
 class View:
     """The memory as the network sees it, in row slot + 1 of each table; row 0 is a host that has done nothing.
 
-    embedding f32[., d], sketch f32[., BLOCKS · WIDTH] (None without overlaps), peers f32[., depth]. Made whole, and
-    then refreshed in parts: what was not refreshed yet is as of the last time it was (historical embeddings).
+    embedding f32[., d], peers f32[., depth], rest f32[., WIDTH]: what sketches have besides (None without overlaps).
+    Made whole, and then refreshed in parts: what was not refreshed yet is as of the last time it was (historical
+    embeddings).
     """
 
     @torch.no_grad()
@@ -38,13 +39,15 @@ class View:
         self.hosts = hosts = len(memory.hosts)
         graph = memory.graph(np.arange(hosts, dtype=np.int32), blank=True)
         self.embedding = _last_first(network.encoder.encode(graph.x, graph.into, graph.out_of))
-        self.sketch: Tensor | None = None
+        network.encoder.let_go()  # all hosts are not embedded again soon
+        sketch: Tensor | None = None
         if network.decoder.overlaps:
             own = torch.cat([own_signs(memory, None), torch.zeros(1, signatures.WIDTH)])
-            self.sketch = _last_first(signatures.sketch(own, torch.arange(hosts + 1), None, *graph.sketched))
+            sketch = _last_first(signatures.sketch(own, torch.arange(hosts + 1), None, *graph.sketched))
             del own
         del graph  # as large as what was made of it
-        self.peers = network.decoder.targets(self.embedding, self.sketch)
+        self.peers = network.decoder.targets(self.embedding, sketch)
+        self.rest = None if sketch is None else unsketched(sketch)
         self.plain = network.decoder.plain()
         """The decoder's weights, for `Network.sources`."""
 
@@ -57,18 +60,25 @@ class View:
         known = self.embedding[graph.columns + 1]
         embedding, sketch = network.encoder.refresh(graph.x, graph.at, known, graph.into, graph.out_of), None
         self.embedding[place] = embedding
-        if self.sketch is not None:
-            known = self.sketch[graph.columns + 1]
-            sketch = signatures.sketch(own_signs(memory, known), graph.at, known, *graph.sketched)
-            self.sketch[place] = sketch
+        sketches = self.sketch(graph.columns)
+        if sketches is not None and self.rest is not None:
+            sketch = signatures.sketch(own_signs(memory, sketches), graph.at, sketches, *graph.sketched)
+            self.rest[place] = unsketched(sketch)
         self.peers[place] = network.decoder.targets(embedding, sketch)
+
+    def sketch(self, slots: Tensor) -> Tensor | None:
+        """Sketches f32[n, BLOCKS · WIDTH] of host slots i64[n], None without overlaps."""
+        if self.rest is None:
+            return None
+        own, near = signatures.signs(self._memory.hosts.columns["hash"][slots.numpy()]), slots + 1
+        return sketched(own, self.peers.index_select(0, near), self.rest.index_select(0, near))
 
     def compact(self, remap: Int32) -> None:
         """Host slots have moved: rows move up in place, a piece at a time, since none comes from before its place."""
         kept = torch.from_numpy(np.flatnonzero(remap[: self.hosts] >= 0) + 1)
         for begin in range(0, len(kept), _MOVED):
             rows = kept[begin : begin + _MOVED]
-            for table in (self.embedding, self.peers, self.sketch):
+            for table in (self.embedding, self.peers, self.rest):
                 if table is not None:
                     table[begin + 1 : begin + 1 + len(rows)] = table[rows]
         self.hosts = len(kept)
@@ -88,13 +98,10 @@ class View:
                 return grown
 
             self.embedding, self.peers = longer(self.embedding), longer(self.peers)
-            self.sketch = None if self.sketch is None else longer(self.sketch)
-        for table in (self.embedding, self.peers, self.sketch):
+            self.rest = None if self.rest is None else longer(self.rest)
+        for table in (self.embedding, self.peers, self.rest):
             if table is not None:
                 table[self.hosts + 1 : hosts + 1] = table[0]
-        if self.sketch is not None and hosts > self.hosts:
-            fresh = self._memory.hosts.columns["hash"][self.hosts : hosts]
-            self.sketch[self.hosts + 1 : hosts + 1, : signatures.WIDTH] = signatures.signs(fresh)
         self.hosts = hosts
 
 
@@ -129,8 +136,8 @@ class Network(torch.nn.Module):
     def sources(self, view: View, source: Int32, code: Int32) -> tuple[Float32, Float32]:
         """Towers f32[n, depth] of (source slot, service code), -1 being a host never seen, and f of an unseen
         target."""
-        rows, sketch = source.astype(np.int64) + 1, None if view.sketch is None else view.sketch.numpy()
-        tower, stranger = Decoder.answer(view.plain, rows, code, view.embedding.numpy(), sketch)
+        rows, rest = source.astype(np.int64) + 1, None if view.rest is None else view.rest.numpy()
+        tower, stranger = Decoder.answer(view.plain, rows, code, view.embedding.numpy(), view.peers.numpy(), rest)
         return tower, np.minimum(np.maximum(stranger, np.float32(-STEEPEST)), np.float32(STEEPEST))
 
     def step(self, memory: MeetingMemory, batch: Batch, candidates: Int32, excess: Float32, view: View | None) -> float:
@@ -163,7 +170,8 @@ class Network(torch.nn.Module):
         sketch = None
         if self.decoder.overlaps:
             with torch.no_grad():
-                known = None if view is None or view.sketch is None else view.sketch[near].to(device)
+                known = None if view is None else view.sketch(graph.columns.cpu())
+                known = None if known is None else known.to(device)
                 sketch = signatures.sketch(own_signs(memory, known).to(device), graph.at, known, *graph.sketched)
         peers = self.decoder.targets(embedding, sketch)
         source, target, tried = (

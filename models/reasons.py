@@ -103,7 +103,8 @@ class Reasons:
             if a == an.BEACON:
                 s = m.contacts.arrays["beat"][row]
                 period = float(np.exp(s[beacon.MEAN]))
-                beat = (period, float(np.sqrt(s[beacon.SQUARES] / max(1.0, s[beacon.GAPS]))), int(s[beacon.BEATS]))
+                spread = float(np.sqrt(max(0.0, s[beacon.SQUARES]) / max(1.0, s[beacon.GAPS])))
+                beat = (period, spread, int(s[beacon.BEATS]))
                 return explain(log, names, a, key, x, record, *times, max(period * (beat[2] + 1), 1.0), beat)
             return explain(log, names, a, key, x, record, *times, float(self.tau[a]))
 
@@ -144,7 +145,7 @@ class Reasons:
             if analytic.tau == 0.0 or analytic.role != "source" or slot < 0 or causes[an.FAMILY[a]] <= 0:
                 continue
             cell, past = (stores[analytic.kind].arrays[name][slot][an.COLUMN[a]] for name in ("cells", "past"))
-            x = float(np.log1p(cell[records.LEVEL] * np.exp((cell[records.AT] - now) / self.tau[a])))
+            x = float(np.log1p(cell["level"] * np.exp((cell["at"] - now) / self.tau[a])))
             record = max(0.0, float(past[records.RECORD]) - self.fade[a] * now)
             age = now - float(m.hosts.arrays["born"][source])
             record += float(records.growth(age, self.block, self.tau[a], self.span[a]))

@@ -2,9 +2,9 @@
 
 A key (a host, a (source, service), a pair, a contact) has one *cell* for each analytic of its kind:
 
-    LEVEL    leaky sum, as of AT
-    AT       s since the origin at which the cell was last touched; 0: never
-    LAST     largest level of this span
+    at       s since the origin at which the cell was last touched; 0: never
+    level    leaky sum, as of then
+    last     largest level of this span
 
 and a *past*, apart from it, since it stays nought until a span is over, and what is nought takes no memory:
 
@@ -25,7 +25,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-LEVEL, AT, LAST = range(3)
+CELL = np.dtype([("at", "f8"), ("level", "f4"), ("last", "f4")])
+"""A quarter of a cache line. A level is good to a part in ten million, and what is judged is its logarithm."""
 RECORD, BEFORE, HELD = range(3)
 
 
@@ -65,32 +66,32 @@ def touch(cells, past, row, now, tau, span, fade, host_record, host, a, born, st
     `born` of its host, `step` the first span: a block. `usual`: the x that others reach at such a key (`uploads`); a
     host's record is by how much it went beyond.
     """
-    at = cells[row, AT]
+    at = cells[row].at
     if at == now:
         return False
-    cells[row, AT] = now
+    cells[row].at = now
     if at == 0.0:
         if host_record[host, a] > 0.0 or usual > 0.0:
             past[row, RECORD] = max(host_record[host, a], fade * now) + usual
         return True
     if 0.0 < past[row, HELD] < now:  # what was told is over; what is left of it is not told again
-        cells[row, LEVEL], past[row, HELD] = 0.0, 0.0
-    level = cells[row, LEVEL]
+        cells[row].level, past[row, HELD] = 0.0, 0.0
+    level = cells[row].level
     if past[row, HELD] < now:
         then, this = span_of(at - born, step, span), span_of(now - born, step, span)
         if this > then:
             more = np.log1p(past[row, BEFORE]) + fade * at
             edge = level * np.exp(-(born + span_end(then, step, span) - at) / tau) if tau > 0.0 else 0.0
             if this == then + 1.0:
-                past[row, BEFORE] = cells[row, LAST]
-                cells[row, LAST] = edge
+                past[row, BEFORE] = cells[row].last
+                cells[row].last = edge
             else:
-                more = max(more, np.log1p(cells[row, LAST]) + fade * at)
+                more = max(more, np.log1p(np.float64(cells[row].last)) + fade * at)
                 past[row, BEFORE] = edge
-                cells[row, LAST] = 0.0
+                cells[row].last = 0.0
             past[row, RECORD] = max(past[row, RECORD], more)
             host_record[host, a] = max(host_record[host, a], more - usual)
     if usual > 0.0:
         past[row, RECORD] = max(past[row, RECORD], usual + fade * now)
-    cells[row, LEVEL] = level * np.exp(-(now - at) / tau) if tau > 0.0 else 0.0
+    cells[row].level = level * np.exp(-(now - at) / tau) if tau > 0.0 else 0.0
     return True

@@ -291,6 +291,10 @@ class SageEncoder(nn.Module):
             out[:, (k + 1) * width : (k + 2) * width] = h
         return out
 
+    def let_go(self) -> None:
+        """Give back the buffers of `encode`."""
+        self._space = Workspace()
+
 
 def seed_parameters(module: nn.Module, seed: int) -> None:
     """Glorot-uniform weights, zero biases, unit norms, normal embeddings, drawn from a generator of their own."""

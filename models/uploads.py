@@ -13,7 +13,7 @@ import numpy as np
 from flowsage.graph.prefetch import prefetch
 from flowsage.models.analytics import BYTES_SCALE, COLUMN, DRIP, PAIR, SHARED_MOST, WIDTH
 from flowsage.models.keys import AHEAD
-from flowsage.models.records import BEFORE, LAST, LEVEL, RECORD, touch
+from flowsage.models.records import BEFORE, RECORD, touch
 
 _WIDTH, _DRIP = int(WIDTH[PAIR]), int(COLUMN[DRIP])
 
@@ -25,8 +25,8 @@ def usual(  # type: ignore[no-untyped-def]
     """x f8[c] that the others have reached at the target of each contact: 0 where nothing is sent outside.
 
     It is the record of the sum of all, less what this pair itself may have had in it. `slots`, `sent` (bytes out − in),
-    `sources` as in `levels.raise_levels`; cells, past f8[·, 3] of the pairs; received, received_past f8[h, 3] the cells
-    of the sums, which this raises; tau, span of a drip.
+    `sources` as in `levels.raise_levels`; cells [·], past f8[·, 3] of the pairs; received [h], received_past f8[h, 3]
+    those of the sums, which this raises; tau, span of a drip.
     """
     out, unused = np.zeros(len(sent)), np.zeros((1, 1))
     last = len(sent) - 1
@@ -37,12 +37,12 @@ def usual(  # type: ignore[no-untyped-def]
         if sent[i] <= 0 or inside[target] or not inside[source]:
             continue
         touch(received, received_past, target, now, tau, span, fade, unused, 0, 0, host_born[target], step, 0.0)
-        received[target, LEVEL] += sent[i] / BYTES_SCALE
-        received[target, LAST] = max(received[target, LAST], received[target, LEVEL])
+        received[target].level += sent[i] / BYTES_SCALE
+        received[target].last = max(received[target].last, received[target].level)
         record = received_past[target, RECORD] - fade * now
         if record <= 0.0:
             continue
         row = np.int64(slots[3, i]) * _WIDTH + _DRIP
-        own = max(cells[row, LAST], past[row, BEFORE]) * min(SHARED_MOST, max(1.0, sources[i]))
+        own = max(cells[row].last, past[row, BEFORE]) * min(SHARED_MOST, max(1.0, sources[i]))
         out[i] = np.log1p(max(0.0, np.expm1(record) - own))
     return out

@@ -114,3 +114,13 @@ def test_mixed_neighbours_spread_over_low_and_high_bits(bits: range) -> None:
 
 def test_mixing_depends_on_order() -> None:
     assert mix(np.uint64(3), np.uint64(4)) != mix(np.uint64(4), np.uint64(3))
+
+
+def test_ticks_may_be_as_far_apart_as_they_like() -> None:
+    table = KeyTable()
+    for key, tick in ((1, -(2**40)), (2, 5), (3, 6), (2, 7), (4, 2**40), (5, 2**40 + 1)):
+        table.find_or_insert(np.array([key], np.uint64), tick)
+    table = KeyTable.restore(table.state())
+    table.find_or_insert(np.array([6], np.uint64), 2**41)
+    assert table.evict(4) is not None
+    assert table.find(np.arange(1, 7, dtype=np.uint64)).tolist() == [-1, 0, -1, 1, 2, 3]
