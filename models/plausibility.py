@@ -63,15 +63,17 @@ def _spread(service, stamp, head, next_, target, weight, received, stamps):  # t
 
 
 @numba.njit(cache=True, nogil=True)
-def _mark(link, stamp, ring, prev, newest, known):  # type: ignore[no-untyped-def]
-    """Stamp the targets that a (source, service) knows, from its newest on."""
+def _mark(link, below, stamp, ring, prev, newest, known):  # type: ignore[no-untyped-def]
+    """Stamp the targets that a (source, service) knows, from its newest on, down to a link that is `below` (-1: all of
+    them). Returns how many were looked at, -1 where that link is not among theirs."""
     walked = 0
-    while link >= 0 and link > newest - len(ring) and walked < REMEMBERED:
+    while link != below and link > below and link > newest - len(ring) and walked < REMEMBERED:
         at = link % len(ring)
         if ring[at, 1] >= 0:
             known[ring[at, 1]] = stamp
         link = prev[at]
         walked += 1
+    return walked if link == below or below < 0 else -1
 
 
 @numba.njit(cache=True, nogil=True)
@@ -133,7 +135,7 @@ def ask(  # type: ignore[no-untyped-def]
                     if listed[c] != stamp:
                         candidate[n], copies[n] = c, 1.0 / (len(shared) * np.float64(anywhere[c]))
                         n += 1
-        _mark(link[g], g, ring, prev, newest, known)
+        _mark(link[g], np.int64(-1), g, ring, prev, newest, known)
         if source[g] >= 0:
             known[source[g]] = g
         seen = (1.0 - unseen) / (weight_all + BACKOFF)
@@ -230,40 +232,49 @@ def batch_popularity(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """q of each candidate for each of n meetings (ordered by service) with those n left out; 0 where it is no answer.
 
-    candidate i32[c] host slots, -1 to skip; out f32[n, c + 2]: the candidates, the true target, and the mass of unseen
+    candidate i32[c] host slots; out f32[n, c + 2]: the candidates, the true target, and the mass of unseen
     hosts.
     """
-    hosts = len(anywhere)
+    hosts, count = len(anywhere), len(candidate)
     received, listed = np.zeros(hosts, np.float32), np.full(hosts, -1, np.int64)
     known = np.full(hosts, -1, np.int64)
-    stop = 0
-    weight_all = unseen = 0.0
-    for i in range(len(source)):
-        if i == stop:
-            svc = service[i]
-            while stop < len(source) and service[stop] == svc:
-                stop += 1
-            first = i
-            _spread(svc, first, head, next_, o_target, o_weight, received, listed)
-            weight_all, new = np.float64(totals[svc]), np.float64(news[svc])
-            for k in range(first, stop):
-                weight_all -= weight[k]
-                if listed[target[k]] == first:
-                    received[target[k]] = max(received[target[k]] - weight[k], np.float32(0))
-                if fresh[k]:
-                    new -= weight[k]
-            weight_all = max(weight_all, 0.0)
-            unseen = (max(new, 0.0) + BACKOFF * fresh_share) / (weight_all + BACKOFF)
-        _mark(link[i], i, ring, prev, newest, known)
-        known[source[i]] = i
-        known[target[i]] = i
+    mass = np.empty(count)  # of the candidates for the service at hand
+    begin = end = 0
+    while begin < len(source):
+        svc = service[begin]
+        while end < len(source) and service[end] == svc:
+            end += 1
+        _spread(svc, begin, head, next_, o_target, o_weight, received, listed)
+        weight_all, new = np.float64(totals[svc]), np.float64(news[svc])
+        for k in range(begin, end):
+            weight_all -= weight[k]
+            if listed[target[k]] == begin:
+                received[target[k]] = max(received[target[k]] - weight[k], np.float32(0))
+            if fresh[k]:
+                new -= weight[k]
+        weight_all = max(weight_all, 0.0)
+        unseen = (max(new, 0.0) + BACKOFF * fresh_share) / (weight_all + BACKOFF)
         seen = (1.0 - unseen) / (weight_all + BACKOFF)
-        for j in range(len(candidate) + 1):
-            c = target[i] if j == len(candidate) else candidate[j]
-            if j < len(candidate) and known[c] == i:
-                out[i, j] = 0.0
-            else:
-                out[i, j] = seen * ((received[c] if listed[c] == first else 0.0) + BACKOFF * anywhere[c])
-        if fresh[i]:
-            out[i, len(candidate)] = 0.0
-        out[i, len(candidate) + 1] = unseen
+        for j in range(count):
+            c = candidate[j]
+            mass[j] = (received[c] if listed[c] == begin else 0.0) + BACKOFF * anywhere[c]
+        # Source by source, its oldest meeting first: each knows what the one before it did, and a little more.
+        walked, stamp, below, before = REMEMBERED, begin, np.int64(-1), np.int32(-1)
+        for i in begin + np.argsort(source[begin:end], kind="mergesort"):
+            s, t = source[i], target[i]
+            more = _mark(link[i], below, stamp, ring, prev, newest, known) if s == before else -1
+            walked += more
+            if more < 0 or walked > REMEMBERED:
+                stamp = i
+                walked = _mark(link[i], np.int64(-1), stamp, ring, prev, newest, known)
+            below, before = link[i], s
+            known[s] = stamp
+            own, known[t] = known[t], stamp
+            for j in range(count):
+                out[i, j] = 0.0 if known[candidate[j]] == stamp else seen * mass[j]
+            known[t] = own
+            out[i, count] = 0.0
+            if not fresh[i]:
+                out[i, count] = seen * ((received[t] if listed[t] == begin else 0.0) + BACKOFF * anywhere[t])
+            out[i, count + 1] = unseen
+        begin = end
