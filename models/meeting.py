@@ -125,8 +125,9 @@ class MeetingPrior:
             met = self._answers(contacts, first)
             windows = np.where(met.source >= 0, self.memory.hosts.columns["windows"][met.source], 0)
             settled = np.where(np.isnan(met.known), windows / (windows + SETTLED), met.known)
-            among = np.nan_to_num(met.among, nan=1.0)
-            strange = np.clip((-np.log(np.maximum(among, 1e-12)) - COMMON) / (STRANGE - COMMON), 0.0, 1.0)
+            among = np.where(np.isnan(met.among), 1.0, met.among)
+            strange = (-np.log(np.maximum(among, 1e-12)) - COMMON) / (STRANGE - COMMON)
+            strange = np.minimum(np.maximum(strange, 0.0), 1.0)
             misplaced[met.contact] = np.where(np.isnan(met.tail), np.nan, strange * settled)
         return misplaced
 
@@ -234,13 +235,13 @@ class MeetingPrior:
             hosts = np.arange(len(memory.hosts), dtype=np.int32)
             return network.gradients(memory, batch, hosts, np.zeros(len(hosts), np.float32), None)
         view = self._current()
-        view.grow()
         return network.gradients(memory, batch, *self._candidates(batch, seed), view)
 
     def _current(self) -> View:
         if self._view is None:
             with threads_for(len(self.memory.hosts)):
                 self._view = View(self.network, self.memory)
+        self._view.grow()
         return self._view
 
     def _refresh(self, trained: bool) -> None:
@@ -253,7 +254,6 @@ class MeetingPrior:
             self._current()
             self._stale = []
             return
-        self._view.grow()
         rows = np.empty(0, np.int32)
         if sum(map(len, self._stale)) >= c.stale:
             rows, self._stale = np.unique(np.concatenate(self._stale)), []
@@ -281,7 +281,8 @@ class MeetingPrior:
         """Of the window at hand: what `tail` found is there for `learn`."""
         if self._asked is not None:
             asked, of, met = self._asked
-            if all(getattr(asked, k) is getattr(contacts, k) for k in _ASKED) and np.array_equal(of, first):
+            same = asked is contacts or all(getattr(asked, k) is getattr(contacts, k) for k in _ASKED)
+            if same and (of is first or np.array_equal(of, first)):
                 return met
         met = first_meetings(self.memory, contacts, first)
         if len(met.contact) and self.speaks:
@@ -351,6 +352,8 @@ class MeetingPrior:
 
 def _weighed(advantage: float, gain: Float64, gate: Float32) -> float:
     """The advantage after meetings that one of graph and popularity foretold better by `gain` nats; NaN: not asked."""
-    weight = np.where(np.isnan(gain), 0, gate)
+    asked = ~np.isnan(gain)
+    weight = np.where(asked, gate, 0)
     fade = 0.995 ** float(weight.sum())
-    return float(np.clip(advantage * fade + (np.nan_to_num(np.clip(gain, -GAIN, GAIN)) * weight).sum(), -6, 6))
+    told = np.where(asked, np.minimum(np.maximum(gain, -GAIN), GAIN), 0.0)
+    return min(max(advantage * fade + float((told * weight).sum()), -6.0), 6.0)

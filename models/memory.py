@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from flowsage.models.neighbours import FROM, TO, NeighbourSlots
 from flowsage.models.popularity import Popularity, keys_of
 from flowsage.models.profiles import FEATURES, HostMemory, Inside, buckets
 from flowsage.models.replay import Replay
-from flowsage.models.sage import Csr
+from flowsage.models.sage import Csr, inverse
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,28 @@ class Graph:
         )
 
 
-def related(inside: Bool, indptr: Int32) -> Float32:
-    """1 or 0 f32[e] for each neighbour of a CSR's rows: does it tell whom a row has relations with?
+@numba.njit(cache=True, nogil=True)
+def _weigh(  # type: ignore[no-untyped-def]
+    indptr, index, local, value, damp, rarer, internal, weight, scale, sketched, sketched_scale
+):
+    """Weights f32[e] of a CSR's neighbours for the encoder and for signatures, and for both one over each row's sum.
 
-    A neighbour outside the network does only where there is none inside: sites of the world are rare or everybody's,
+    index, local i32[e]: the neighbours' host slots, and where they are among damp, rarer f32[n]. For signatures a
+    neighbour outside the network counts only where there is none inside: sites of the world are rare or everybody's,
     and the rare ones would be most of a sketch.
     """
-    row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    near = np.bincount(row, weights=inside, minlength=len(indptr) - 1) > 0
-    counts: Float32 = (inside | ~near[row]).astype(np.float32)
-    return counts
+    for row in range(len(indptr) - 1):
+        near = False
+        for e in range(indptr[row], indptr[row + 1]):
+            near = near or internal[index[e]]
+        total, second = np.float32(0), np.float32(0)
+        for e in range(indptr[row], indptr[row + 1]):
+            weight[e] = value[e] * damp[local[e]]
+            sketched[e] = weight[e] * rarer[local[e]] if internal[index[e]] or not near else np.float32(0)
+            total += weight[e]
+            second += sketched[e]
+        scale[row] = inverse(total)
+        sketched_scale[row] = inverse(second)
 
 
 class MeetingMemory:
@@ -200,15 +213,16 @@ class MeetingMemory:
         rarer = ((1 + total) ** -0.5 * np.log(2 + total)).astype(np.float32)
         ways, sketched = [], []
         for indptr, index, value in near:
-            local = index if whole else np.searchsorted(columns, index)
-            end = indptr[-1:] if blank else indptr[:0]
-            parts = (
-                torch.from_numpy(np.concatenate([indptr, end])), torch.from_numpy(local), len(columns) + blank,
-                torch.from_numpy(value * damp[local]),
-            )  # fmt: skip
-            ways.append(Csr(*parts))
-            counts = rarer[local] * related(self.hosts.columns["internal"][index], indptr)
-            sketched.append(Csr(*parts[:3], parts[3] * torch.from_numpy(counts)))
+            local = index if whole else np.searchsorted(columns, index).astype(np.int32)
+            if blank:
+                indptr = np.append(indptr, indptr[-1])  # noqa: PLW2901
+            weights = np.empty((2, len(index)), np.float32)
+            scales = np.empty((2, len(indptr) - 1), np.float32)
+            inside = self.hosts.columns["internal"]
+            _weigh(indptr, index, local, value, damp, rarer, inside, weights[0], scales[0], weights[1], scales[1])
+            shape = torch.from_numpy(indptr), torch.from_numpy(local), len(columns) + blank
+            for csrs, weight, scale in zip((ways, sketched), torch.from_numpy(weights), torch.from_numpy(scales), strict=True):
+                csrs.append(Csr(*shape, weight, scale))
         if blank:
             x = np.concatenate([x, np.zeros((1, FEATURES), np.float32)])
         at = torch.from_numpy(np.searchsorted(columns, rows))

@@ -56,15 +56,15 @@ class View:
         """Bring host slots `rows` up to date with the memory and the weights, among neighbours as they are kept."""
         memory, network = self._memory, self._network
         self.grow()
-        graph, place = memory.graph(rows), torch.from_numpy(rows.astype(np.int64)) + 1
-        known = self.embedding[graph.columns + 1]
+        graph, place = memory.graph(rows), torch.from_numpy(rows.astype(np.int64) + 1)
+        known = self.embedding.index_select(0, graph.columns + 1)
         embedding, sketch = network.encoder.refresh(graph.x, graph.at, known, graph.into, graph.out_of), None
-        self.embedding[place] = embedding
+        self.embedding.index_copy_(0, place, embedding)
         sketches = self.sketch(graph.columns)
         if sketches is not None and self.rest is not None:
             sketch = signatures.sketch(own_signs(memory, sketches), graph.at, sketches, *graph.sketched)
-            self.rest[place] = unsketched(sketch)
-        self.peers[place] = network.decoder.targets(embedding, sketch)
+            self.rest.index_copy_(0, place, unsketched(sketch))
+        self.peers.index_copy_(0, place, network.decoder.targets(embedding, sketch))
 
     def sketch(self, slots: Tensor) -> Tensor | None:
         """Sketches f32[n, BLOCKS · WIDTH] of host slots i64[n], None without overlaps."""
@@ -165,7 +165,7 @@ class Network(torch.nn.Module):
         place[rows] = np.arange(len(rows))
         graph = memory.graph(rows, without=batch).to(device)
         near = graph.columns.cpu() + 1
-        known = None if view is None else view.embedding[near].to(device)
+        known = None if view is None else view.embedding.index_select(0, near).to(device)
         embedding = self.encoder.refresh(graph.x, graph.at, known, graph.into, graph.out_of)
         sketch = None
         if self.decoder.overlaps:

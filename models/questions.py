@@ -224,13 +224,13 @@ def draw(chance: Float32, count: int, seed: int) -> Int32:
 @numba.njit(cache=True, nogil=True)
 def _draw(chance, ascending, order, slots):  # type: ignore[no-untyped-def]
     """The slot below which the sum of chances, as a share of all, first exceeds each of `ascending` f64[m]."""
-    total = 0.0
+    total, passed = 0.0, np.empty(len(chance))
     for h in range(len(chance)):
         total += np.float64(chance[h])
-    at, passed = 0, np.float64(chance[0])
+        passed[h] = total
+    at = 0
     for j in range(len(ascending)):
         limit = ascending[j] * total
-        while passed <= limit and at < len(chance) - 1:
+        while passed[at] <= limit and at < len(chance) - 1:
             at += 1
-            passed += np.float64(chance[at])
         slots[order[j]] = at

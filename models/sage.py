@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numba
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,19 +58,28 @@ class EncoderConfig:
         return self.width * (self.layers + 1)
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def inverse(total):  # type: ignore[no-untyped-def]
+    """`Csr.scale` of a row whose weights add up to f32 `total`."""
+    return np.float32(1) / total if total > np.float32(FEATURE_EPS) else np.float32(0)
+
+
 class Csr:
     """Weighted neighbours of each row, as a mean: row i averages the columns `index[indptr[i]:indptr[i+1]]`.
 
     indptr i32[rows+1], index i32[edges] (into `columns` rows of a table), weight f32[edges] or None for an even mean.
-    Weights must not be negative; a row without neighbours, or whose weights are all 0, has mean 0.
+    Weights must not be negative; a row without neighbours, or whose weights are all 0, has mean 0. Who knows `scale`
+    f32[rows] of the weights already may say it.
     """
 
-    def __init__(self, indptr: Tensor, index: Tensor, columns: int, weight: Tensor | None = None) -> None:
+    def __init__(
+        self, indptr: Tensor, index: Tensor, columns: int, weight: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
         self.indptr = indptr.to(torch.int32).contiguous()
         self.index = index.to(torch.int32).contiguous()
         self.columns = columns
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
-        self._scale: Tensor | None = None
+        self._scale = None if scale is None else scale.unsqueeze(1)
         self._transposed: Csr | None = None
 
     @classmethod
