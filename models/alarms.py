@@ -42,6 +42,9 @@ GRANDFATHERED = 30 * an.MINUTE
 THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
 
+FEW = 8
+"""New hosts whose names are asked for one by one: Arrow takes as long for any number of them at once."""
+
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
@@ -288,11 +291,15 @@ class Alarms:
         new = np.flatnonzero(both >= before)
         which, first = np.unique(both[new], return_index=True)
         index = np.concatenate((c.src, c.dst))[new[first]]
-        names = c.hosts.names.take(pa.array(index))
-        if pa.types.is_dictionary(names.type):
-            names = pc.cast(names, pa.string())
         arrays = self.memory.hosts.arrays
-        arrays["name"][which] = names.to_numpy(zero_copy_only=False)
+        if len(index) <= FEW:
+            for slot, host in zip(which.tolist(), index.tolist(), strict=True):
+                arrays["name"][slot] = c.hosts.names[host].as_py()
+        else:
+            names = c.hosts.names.take(pa.array(index))
+            if pa.types.is_dictionary(names.type):
+                names = pc.cast(names, pa.string())
+            arrays["name"][which] = names.to_numpy(zero_copy_only=False)
         arrays["inside"][which] = some_inside(self.internal, c.hosts, index)
 
     def _offers(self, c: Contacts, found: Array, values: Array) -> list[Offer]:

@@ -221,7 +221,9 @@ class MeetingMemory:
             inside = self.hosts.columns["internal"]
             _weigh(indptr, index, local, value, damp, rarer, inside, weights[0], scales[0], weights[1], scales[1])
             shape = torch.from_numpy(indptr), torch.from_numpy(local), len(columns) + blank
-            for csrs, weight, scale in zip((ways, sketched), torch.from_numpy(weights), torch.from_numpy(scales), strict=True):
+            for csrs, weight, scale in zip(
+                (ways, sketched), torch.from_numpy(weights), torch.from_numpy(scales), strict=True
+            ):
                 csrs.append(Csr(*shape, weight, scale))
         if blank:
             x = np.concatenate([x, np.zeros((1, FEATURES), np.float32)])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,17 +30,56 @@ _SHARES = ("first_meeting_tail", *NAMES, "history")
 _BLOCK = 1 << 17
 """Flows whose scores are kept in one piece."""
 
+_GROUP = 8
+"""Blocks of a row group."""
+
+_Block = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float32]]
+"""Row of each flow i64[n], then _SCORES f64[2, n] and _SHARES f32[·, n]."""
+
 
 class ScoreTable:
-    """A row for each input row: flow_score, beacon_score, first_meeting (tail), and a column a term of history."""
+    """A row for each input row: flow_score, beacon_score, first_meeting (tail), and a column a term of history.
 
-    def __init__(self) -> None:
-        self._blocks: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float32]]] = []
+    It is made in a thread of its own. Where flows come in the order of their rows, as those of a file mostly do, what
+    is a row group is written at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = _Parquet(path)
+        self._written = 0
+        """Rows that are in the file, the first ones."""
+        self._blocks: list[_Block] = []
         self._used = _BLOCK
         """Flows of the last block."""
+        self._ordered = True
+        """Whether all that came is the next rows."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scores")
+        self._adding: Future[None] | None = None
 
     def add(self, closed: ClosedWindows) -> None:
-        """The flows of a run of windows."""
+        """The flows of a run of windows. Raises InputError where the ones before it could not be written."""
+        self._wait()
+        self._adding = self._thread.submit(self._add, closed)
+        if len(closed.flows) > _BLOCK:  # of a flood, two windows at a time would be much memory
+            self._wait()
+
+    def write(self, rows: int) -> None:
+        """`rows` rows in input order are the file; NaN where a flow was never scored (late)."""
+        self._wait()
+        self._file.write(self._rest(rows))
+        self._file.finish()
+
+    def close(self) -> None:
+        """Leave nothing behind of a file that was not written to its end."""
+        self._thread.shutdown()
+        self._file.close()
+
+    def _wait(self) -> None:
+        adding, self._adding = self._adding, None
+        if adding is not None:
+            adding.result()
+
+    def _add(self, closed: ClosedWindows) -> None:
         scores, n, done = closed.scores, len(closed.flows), 0
         assert scores.parts is not None  # a table wants the terms
         tails, terms = closed.tails[closed.contacts.of_flow], scores.parts.table()
@@ -55,28 +97,46 @@ class ScoreTable:
             narrow[0, here], narrow[1:, here] = tails[there], terms[:, there]
             self._used += count
             done += count
+            if self._used == _BLOCK and len(self._blocks) == _GROUP and self._ordered:
+                self._ordered = self._in_order(self._blocks)
+                if self._ordered:
+                    self._file.write(_columns(self._blocks))
+                    self._written += _GROUP * _BLOCK
+                    self._blocks = []
 
-    def write(self, path: Path, rows: int) -> None:
-        """`rows` rows in input order; NaN where a flow was never scored (late)."""
+    def _in_order(self, blocks: list[_Block]) -> bool:
+        """As they came, where they came in the order of the rows: that of a file is the order of time."""
+        begins = self._written + np.cumsum([0, *(len(block[0]) for block in blocks)])
+        return all(
+            np.array_equal(block[0], np.arange(begin, begin + len(block[0])))
+            for begin, block in zip(begins.tolist(), blocks, strict=False)
+        )
+
+    def _rest(self, rows: int) -> pa.Table:
+        """What is not in the file yet, of `rows` rows."""
         lengths = [_BLOCK] * (len(self._blocks) - 1) + [self._used]
         blocks = [(b[0][:n], b[1][:, :n], b[2][:, :n]) for b, n in zip(self._blocks, lengths, strict=False)]
-        begins = np.cumsum([0, *(len(block[0]) for block in blocks)]).tolist()
-        # As they came, where they came in the order of the rows: that of a file is the order of time.
-        ordered = begins[-1] == rows and all(
-            np.array_equal(block[0], np.arange(begin, begin + len(block[0])))
-            for begin, block in zip(begins, blocks, strict=False)
-        )
-        table: dict[str, Any] = {}
-        for kind, names in enumerate((_SCORES, _SHARES) if blocks else (_SCORES[:1],)):
+        left = rows - self._written
+        if blocks and sum(len(block[0]) for block in blocks) == left and self._in_order(blocks):
+            return _columns(blocks)
+        table: dict[str, npt.NDArray[Any]] = {}
+        for kind, names in enumerate((_SCORES, _SHARES) if blocks or self._written else (_SCORES[:1],)):
             for k, name in enumerate(names):
-                if ordered and rows:
-                    table[name] = pa.chunked_array([block[1 + kind][k] for block in blocks])
-                    continue
-                column = np.full(rows, np.nan, np.float32 if kind else np.float64)
+                column = table[name] = np.full(left, np.nan, np.float32 if kind else np.float64)
                 for block in blocks:
-                    column[block[0]] = block[1 + kind][k]
-                table[name] = column
-        write_parquet(pa.table(table), path)
+                    column[block[0] - self._written] = block[1 + kind][k]
+        return pa.table(table)
+
+
+def _columns(blocks: list[_Block]) -> pa.Table:
+    """Blocks as they are, one after the other."""
+    return pa.table(
+        {
+            name: pa.chunked_array([block[1 + kind][k] for block in blocks])
+            for kind, names in enumerate((_SCORES, _SHARES))
+            for k, name in enumerate(names)
+        }
+    )
 
 
 class HostTableWriter:
@@ -203,9 +263,46 @@ def require_writable(path: Path) -> None:
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a Parquet file under its name only once it is whole."""
-    part = path.with_name(path.name + ".part")
+    file = _Parquet(path)
     try:
-        pq.write_table(table, part, compression="zstd")
-        part.replace(path)
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror or e}") from e
+        file.write(table)
+        file.finish()
+    finally:
+        file.close()
+
+
+class _Parquet:
+    """A Parquet file that is written table by table, under its name only once it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._part = path, path.with_name(path.name + ".part")
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows, at least one row group of them. Raises InputError where they cannot be written."""
+        with self._told():
+            self._writer = self._writer or pq.ParquetWriter(self._part, table.schema, compression="zstd")
+            self._writer.write_table(table, row_group_size=_GROUP * _BLOCK)
+
+    def finish(self) -> None:
+        """It is whole."""
+        assert self._writer is not None
+        with self._told():
+            self._writer.close()
+            self._part.replace(self._path)
+        self._writer = None
+
+    def close(self) -> None:
+        """Take away what is not whole."""
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+            self._part.unlink(missing_ok=True)
+            self._writer = None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise InputError(f"cannot write {self._path}: {e.strerror or e}") from e

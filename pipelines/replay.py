@@ -188,7 +188,7 @@ class ScoredRun:
         self._outputs = outputs
         for path in filter(None, (outputs.scores, outputs.hosts)):
             require_writable(path)
-        self._scores = ScoreTable() if outputs.scores else None
+        self._scores = ScoreTable(outputs.scores) if outputs.scores else None
         self._hosts = HostTableWriter(settings.windows.window) if outputs.hosts else None
         self._findings = FindingWriter(outputs.findings, as_json=as_json) if outputs.findings else None
         self.scorer = Scorer(
@@ -200,6 +200,8 @@ class ScoredRun:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._scores:
+            self._scores.close()
         if self._findings:
             self._findings.close()
 
@@ -218,8 +220,8 @@ class ScoredRun:
     def finish(self, rows: int) -> None:
         """Close what is open, write the tables."""
         self.scorer.finish()
-        if self._scores and self._outputs.scores:
-            self._scores.write(self._outputs.scores, rows)
+        if self._scores:
+            self._scores.write(rows)
         if self._hosts and self._outputs.hosts:
             self._hosts.write(self._outputs.hosts)
 
