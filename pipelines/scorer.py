@@ -26,7 +26,7 @@ from flowsage.pipelines.findings import SEVERITIES, version
 from flowsage.pipelines.metrics import Value
 from flowsage.pipelines.model import ModelDirectory
 from flowsage.pipelines.settings import Settings
-from flowsage.pipelines.sources import Step, whole_windows
+from flowsage.pipelines.sources import Step, joined, whole_windows
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class Scorer:
     def _whole(self, steps: list[Step]) -> None:
         """Steps that are each a whole window, while none is open."""
         started = time.perf_counter()
-        flows = merge([step.flows for step in steps])
+        flows = joined(step.part for step in steps)
         self.counters.consumed += len(flows)
         taken = self.buffer.add(flows, "file", steps[-1].watermark_ns)
         closed = self.buffer.close_ready()

@@ -26,12 +26,49 @@ _FLOWS, _WINDOWS = 1 << 16, 1 << 10
 
 
 @dataclass(frozen=True)
+class Part:
+    """Flows begin:end of a batch (begin < end), cut out when they are wanted: of most panes nobody wants them alone."""
+
+    of: FlowBatch
+    begin: int
+    end: int
+
+    @classmethod
+    def whole(cls, flows: FlowBatch) -> Part:
+        """All of a batch."""
+        return cls(flows, 0, len(flows))
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def first_ns(self) -> int:
+        """When the first of them starts."""
+        return int(self.of.start_ns[self.begin])
+
+    @property
+    def last_ns(self) -> int:
+        """When the last of them starts."""
+        return int(self.of.start_ns[self.end - 1])
+
+    @property
+    def flows(self) -> FlowBatch:
+        """They themselves."""
+        return self.of if len(self) == len(self.of) else self.of.take(slice(self.begin, self.end))
+
+
+@dataclass(frozen=True)
 class Step:
     """Flows that became known up to `now_ns`, and the time before which no more will come (`watermark_ns`)."""
 
-    flows: FlowBatch
+    part: Part
     now_ns: int
     watermark_ns: int
+
+    @property
+    def flows(self) -> FlowBatch:
+        """The flows."""
+        return self.part.flows
 
 
 class FlowFile:
@@ -87,33 +124,33 @@ class FlowFile:
         """The file as panes of event time that hold at least one flow, whatever `rows` is."""
         return with_watermarks(self._panes(pane_ns, rows))
 
-    def _panes(self, pane_ns: int, rows: int) -> Iterator[tuple[int, FlowBatch]]:
-        held: list[FlowBatch] = []
+    def _panes(self, pane_ns: int, rows: int) -> Iterator[tuple[int, Part]]:
+        held: list[Part] = []
         for batch in self.batches(rows):
             panes = batch.start_ns // pane_ns
-            cuts = (np.flatnonzero(np.diff(panes)) + 1).tolist()
-            if held and held[0].start_ns[0] // pane_ns != panes[0]:
+            cuts = [*(np.flatnonzero(np.diff(panes)) + 1).tolist(), len(batch)]
+            if held and held[0].first_ns // pane_ns != panes[0]:
                 yield _pane(held, pane_ns)
                 held = []
-            for begin, end in zip([0, *cuts], cuts, strict=False):
-                yield _pane([*held, batch.take(slice(begin, end))], pane_ns)
+            for begin, end in zip([0, *cuts], cuts[:-1], strict=False):
+                yield _pane([*held, Part(batch, begin, end)], pane_ns)
                 held = []
-            held.append(batch.take(slice(cuts[-1] if cuts else 0, len(batch))))
+            held.append(Part(batch, cuts[-2] if len(cuts) > 1 else 0, len(batch)))
         if held:
             yield _pane(held, pane_ns)
 
 
-def with_watermarks(panes: Iterable[tuple[int, FlowBatch]]) -> Iterator[Step]:
+def with_watermarks(panes: Iterable[tuple[int, Part]]) -> Iterator[Step]:
     """Panes (end in ns, flows in time order) as steps.
 
     As live, a pane is looked at once something later has come, and by then it is known that nothing comes before that:
     a window closes with its last pane, not with the first one after it.
     """
-    before: tuple[int, FlowBatch] | None = None
-    for now_ns, flows in panes:
+    before: tuple[int, Part] | None = None
+    for now_ns, part in panes:
         if before is not None:
-            yield Step(before[1], before[0], int(flows.start_ns[0]))
-        before = now_ns, flows
+            yield Step(before[1], before[0], part.first_ns)
+        before = now_ns, part
     if before is not None:
         yield Step(before[1], before[0], before[0])
 
@@ -125,15 +162,15 @@ def whole_windows(steps: Iterable[Step], window_ns: int) -> Iterator[list[Step]]
     """
     together, flows, open_until = list[Step](), 0, 0
     for step in steps:
-        start = step.flows.start_ns
-        end = (int(start[-1]) // window_ns + 1) * window_ns
-        whole = int(start[0]) >= max(open_until, end - window_ns) and step.watermark_ns >= end
-        if together and (not whole or flows + len(start) > _FLOWS or len(together) == _WINDOWS):
+        part = step.part
+        end = (part.last_ns // window_ns + 1) * window_ns
+        whole = part.first_ns >= max(open_until, end - window_ns) and step.watermark_ns >= end
+        if together and (not whole or flows + len(part) > _FLOWS or len(together) == _WINDOWS):
             yield together
             together, flows = [], 0
         if whole:
             together.append(step)
-            flows += len(start)
+            flows += len(part)
         else:
             yield [step]
         open_until = max(open_until, end)
@@ -141,9 +178,20 @@ def whole_windows(steps: Iterable[Step], window_ns: int) -> Iterator[list[Step]]
         yield together
 
 
-def _pane(parts: list[FlowBatch], pane_ns: int) -> tuple[int, FlowBatch]:
-    now = int(parts[0].start_ns[0] // pane_ns + 1) * pane_ns
-    return now, merge(parts) if len(parts) > 1 else parts[0]
+def joined(parts: Iterable[Part]) -> FlowBatch:
+    """The flows of all parts, one after the other; of parts that are next to each other in a batch, a view of it."""
+    pieces: list[Part] = []
+    for part in parts:
+        if pieces and pieces[-1].of is part.of and pieces[-1].end == part.begin:
+            pieces[-1] = Part(part.of, pieces[-1].begin, part.end)
+        else:
+            pieces.append(part)
+    return merge([piece.flows for piece in pieces])
+
+
+def _pane(parts: list[Part], pane_ns: int) -> tuple[int, Part]:
+    now = (parts[0].first_ns // pane_ns + 1) * pane_ns
+    return now, Part.whole(joined(parts)) if len(parts) > 1 else parts[0]
 
 
 def _first_line(error: BaseException) -> str:

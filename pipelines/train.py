@@ -37,7 +37,7 @@ from flowsage.models.training import VIEW_STEPS, Rehearsal, RehearsalConfig
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.scorer import Scorer, detector_config
 from flowsage.pipelines.settings import Settings
-from flowsage.pipelines.sources import FlowFile, Step, with_watermarks
+from flowsage.pipelines.sources import FlowFile, Part, Step, with_watermarks
 from flowsage.pipelines.topic_flows import copy_range
 from flowsage.pipelines.topics import flows_topic
 from flowsage.pipelines.world import World
@@ -243,7 +243,9 @@ class _Lead:
         pane = self.settings.windows.pane
         merged = heapq.merge(*(file.steps(pane) for file in self.files), key=lambda step: step.now_ns)
         together = itertools.groupby(merged, key=lambda step: step.now_ns)
-        return with_watermarks((now, in_order(merge([part.flows for part in parts]))) for now, parts in together)
+        return with_watermarks(
+            (now, Part.whole(in_order(merge([part.flows for part in parts])))) for now, parts in together
+        )
 
     def write(self) -> None:
         """The model, in its place; the checkpoint goes."""
