@@ -356,4 +356,5 @@ def _weighed(advantage: float, gain: Float64, gate: Float32) -> float:
     weight = np.where(asked, gate, 0)
     fade = 0.995 ** float(weight.sum())
     told = np.where(asked, np.minimum(np.maximum(gain, -GAIN), GAIN), 0.0)
-    return min(max(advantage * fade + float((told * weight).sum()), -6.0), 6.0)
+    weighed: float = advantage * fade + float((told * weight).sum())
+    return min(max(weighed, -6.0), 6.0)

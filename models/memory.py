@@ -211,7 +211,8 @@ class MeetingMemory:
         damp = (1 / np.log(2 + total)).astype(np.float32)
         # A common neighbour says the less the more hosts it has in common: sketches weigh it by about 1/degree.
         rarer = ((1 + total) ** -0.5 * np.log(2 + total)).astype(np.float32)
-        ways, sketched = [], []
+        ways: list[Csr] = []
+        sketched: list[Csr] = []
         for indptr, index, value in near:
             local = index if whole else np.searchsorted(columns, index).astype(np.int32)
             if blank:

@@ -240,6 +240,7 @@ def batch_popularity(  # type: ignore[no-untyped-def]
     known = np.full(hosts, -1, np.int64)
     mass = np.empty(count)  # of the candidates for the service at hand
     begin = end = 0
+    weight_all = 0.0
     while begin < len(source):
         svc = service[begin]
         while end < len(source) and service[end] == svc:

@@ -229,6 +229,31 @@ def test_training_takes_its_own_meetings_out_of_popularity() -> None:
     assert float(graph.x[:, :64].abs().max()) < 1e-5
 
 
+def test_in_training_nobody_meets_whom_he_knew_on_that_service_at_that_moment() -> None:
+    rng, hosts = np.random.default_rng(0), table(*[f"h{i}" for i in range(12)])
+    prior = MeetingPrior(MeetingConfig(graph=False, replayed=24))  # a ring that forgets half of it
+    met: list[tuple[int, int, int]] = []
+    for i in range(30):
+        ends, services = rng.integers(0, 12, (2, 4)), rng.choice([80, SMB], 4)
+        pairs = {(int(s), int(t), int(v)) for s, t, v in zip(*ends, services, strict=True)}
+        fresh = sorted(m for m in pairs if m[0] != m[1] and m not in met)
+        if fresh:
+            prior.learn(*window(hosts, i, *fresh))
+            met += fresh
+    memory = prior.memory
+    assert memory.replay.newest == len(met) - 1 > 2 * 24
+    slots = memory.hosts.find(hosts.hash)
+    batch, ring = memory.batch(np.arange(24)), memory.replay.ring
+    q = popularity_of(memory, batch, slots)
+    order = [n % 24 for n in range(memory.replay.newest - 23, memory.replay.newest + 1)]  # oldest first
+    for i in range(len(batch)):
+        own = (batch.source[i], batch.target[i], batch.service[i])
+        at = next(k for k, n in enumerate(order) if tuple(ring[n]) == own)
+        before = [ring[n] for n in order[:at]]
+        known = {int(t) for s, t, v in before if (s, v) == (own[0], own[2])} | {int(own[0]), int(own[1])}
+        assert {int(s) for s, x in zip(slots, q[i], strict=False) if x == 0} == known
+
+
 def test_embeddings_are_inductive_and_unknown_hosts_have_none() -> None:
     world = small()
     prior = MeetingPrior(eager())
