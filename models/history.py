@@ -293,8 +293,8 @@ def _joined(parts: list[tuple[Int32, Int64, Float64]]) -> tuple[Int32, Int64, Fl
 
 
 def _weights(weights: Weights) -> tuple[Float64, Float64]:
-    """Weights of a contact's terms [20], and of a flow's own [6]."""
-    own = ("V_rev", "V_fwd", "T", "fail", "B_es", "V_log")
+    """Weights of a contact's terms [20], and of a flow's own [7]."""
+    own = ("V_rev", "V_fwd", "T", "fail", "B_es", "V_log", "beat")
     return np.array([getattr(weights, k, 0.0) for k in TERMS]), np.array([getattr(weights, k) for k in own])
 
 

@@ -18,7 +18,7 @@ from flowsage.models.weights import CONSTANTS, Weights
 
 Float64 = npt.NDArray[np.float64]
 
-NAMES = (*TERMS, "V_rev", "V_fwd", "LLR", "Z", "Zc", "T", "V_log", "fail")
+NAMES = (*TERMS, "V_rev", "V_fwd", "LLR", "Z", "Zc", "T", "V_log", "beat", "fail")
 """Terms of a flow, by name."""
 
 
@@ -145,18 +145,19 @@ class Parts:
     weights: Weights
 
     def table(self) -> Float64:
-        """Each term as a row f64[28, n], undirected the mean over both ways, and last "history": their weighted sum."""
+        """Each term as a row f64[29, n], undirected the mean over both ways, and last "history": their weighted sum."""
         out, table = self.out, np.empty((len(NAMES) + 1, len(self.of_flow)))
         regular = np.log1p(np.maximum(0.0, out.llr - CONSTANTS.regular_above) / 10.0)
         little = np.maximum(0.0, np.log1p(out.v_rev) - out.v_rev / 3.0) * (self.weights.V_log != 0.0)
-        own = out.v_rev, out.v_fwd, out.llr, out.z, out.zc, regular, little
+        beat = np.maximum(0.0, out.zc - CONSTANTS.beacon_floor)
+        own = out.v_rev, out.v_fwd, out.llr, out.z, out.zc, regular, little, beat
         _tabulate(self.ways, self.of_flow, self.capped, self.failed, out.terms, own, _weighted(self.weights), table)
         return table
 
 
 @numba.njit(cache=True, nogil=True)
 def _tabulate(ways, of_flow, capped, failed, terms, own, weights, table):  # type: ignore[no-untyped-def]
-    """Terms of contacts f8[20, c·ways] and what is a flow's own, 7 of f8[n·ways] and whether it failed, to `table`."""
+    """Terms of contacts f8[20, c·ways] and what is a flow's own, 8 of f8[n·ways] and whether it failed, to `table`."""
     count, last = len(TERMS), len(NAMES)
     for i in range(len(of_flow)):
         for way in range(ways):

@@ -14,7 +14,7 @@ from flowsage.models.weights import CONSTANTS
 
 _ABOVE, _BEACON_FLOOR, _BEACON_SCALE = CONSTANTS.regular_above, CONSTANTS.beacon_floor, CONSTANTS.beacon_scale
 _PEERS = CONSTANTS.peers
-W_V_REV, W_V_FWD, W_T, W_FAIL, W_B_ES, W_V_LOG = range(6)
+W_V_REV, W_V_FWD, W_T, W_FAIL, W_B_ES, W_V_LOG, W_BEAT = range(7)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -34,8 +34,8 @@ def score(  # type: ignore[no-untyped-def]
 
     B_es = −ln((n + ½)/(E + 1)): n of `before` f8[c], the earlier windows of es, E of `seen`, those before this chunk.
 
-    S = `FREE`, or `CAPPED` where the flow is answered and that is known, + ½V_rev + 1½V_log + .35V_fwd + ¼T +
-    1½[failed], with T = ln(1 + max(0, LLR − 10)/10) and V_log of V_rev (`little`); weights f8[6]. Scratch: pair_score
+    S = `FREE`, or `CAPPED` where the flow is answered and that is known, and its own terms, weighted by f8[7]: V_rev,
+    V_log of it (`little`), V_fwd, T = ln(1 + max(0, LLR − 10)/10), beat = max(0, Zc − 4), [failed]. Scratch: pair_score
     f8, pair_source i32 by row of e, highest and peers f8 by row of s.
     """
     ways = run.ways
@@ -63,6 +63,7 @@ def score(  # type: ignore[no-untyped-def]
                 if llr[j] > 0.0:  # without any, neither Z nor Zc: their zeros need not be read
                     beacon += z[j] + zc[j]
                     if zc[j] > _BEACON_FLOOR:
+                        value += weights[W_BEAT] * (zc[j] - _BEACON_FLOOR)
                         unusual = math.log((seen + w + 1.0) / (before[first // ways] + 0.5))
                         value = max(value, _BEACON_SCALE * min(zc[j] - _BEACON_FLOOR, weights[W_B_ES] * unusual))
                 total += value

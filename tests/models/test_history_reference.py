@@ -21,7 +21,7 @@ from flowsage.models.history import History, HistoryConfig, HistoryScores
 from flowsage.models.weights import WEIGHTS
 
 MINUTE = 60_000_000_000
-BEYOND = {"F_o", "N_o", "G_o", "F_0", "F_1", "B_self", "R_0", "A_0", "V_log"}
+BEYOND = {"F_o", "N_o", "G_o", "F_0", "F_1", "B_self", "R_0", "A_0", "V_log", "beat"}
 """Terms that the reference has not."""
 REFERENCE = replace(WEIGHTS, **dict.fromkeys(BEYOND, 0.0), C_e=0.25, V_fwd=0.5, B_es=math.inf, once=0.0)
 """The weights that it has."""
