@@ -149,7 +149,7 @@ class Parts:
         out, table = self.out, np.empty((len(NAMES) + 1, len(self.of_flow)))
         regular = np.log1p(np.maximum(0.0, out.llr - CONSTANTS.regular_above) / 10.0)
         little = np.maximum(0.0, np.log1p(out.v_rev) - out.v_rev / 3.0) * (self.weights.V_log != 0.0)
-        beat = np.maximum(0.0, out.zc - CONSTANTS.beacon_floor)
+        beat = np.maximum(0.0, out.zc - CONSTANTS.beacon_floor) * (self.weights.beat != 0.0)
         own = out.v_rev, out.v_fwd, out.llr, out.z, out.zc, regular, little, beat
         _tabulate(self.ways, self.of_flow, self.capped, self.failed, out.terms, own, _weighted(self.weights), table)
         return table

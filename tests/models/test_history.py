@@ -269,6 +269,10 @@ def test_a_beat_counts_no_more_than_its_pair_is_unusual() -> None:
     np.testing.assert_allclose(scores.flow_score, limited, atol=1e-9)
     unlimited = whole(table, HistoryConfig(weights=replace(WEIGHTS, B_es=math.inf)))[0].flow_score
     np.testing.assert_allclose(unlimited, always, atol=1e-9)
+    np.testing.assert_array_equal(scores.terms["beat"], np.maximum(0.0, beyond))
+    none = whole(table, HistoryConfig(weights=replace(WEIGHTS, beat=0.0)))[0]
+    np.testing.assert_allclose(scores.terms["history"] - none.terms["history"], np.maximum(0.0, beyond), atol=1e-9)
+    assert not none.terms["beat"].any()
     # Both beats are as old as the stream.
     assert (limited < always - 1).sum() > 50
     assert (limited > scores.terms["history"]).any()
