@@ -21,6 +21,9 @@ READ = (
 """Columns of a flow file that are read. Labels are not among them."""
 
 
+_YEARS = 820_454_400, 2_208_988_800
+"""1996 and 2040, in seconds since 1970: between them lie the flows of every file whose unit we can tell."""
+
 _FLOWS, _WINDOWS = 1 << 16, 1 << 10
 """Flows and windows of a file that are scored together at most."""
 
@@ -102,6 +105,8 @@ class FlowFile:
             ) from e
         times = pc.fill_null(start, -1).to_numpy().astype(np.int64)
         self.rows = len(times)
+        if self.rows:
+            _refuse_other_units(path, int(times.min()), int(times.max()))
         self.reordered = int(np.count_nonzero(times < np.maximum.accumulate(times))) if self.rows else 0
 
     def batches(self, rows: int = 1 << 17) -> Iterator[FlowBatch]:
@@ -138,6 +143,17 @@ class FlowFile:
             held.append(Part(batch, cuts[-2] if len(cuts) > 1 else 0, len(batch)))
         if held:
             yield _pane(held, pane_ns)
+
+
+def _refuse_other_units(path: Path, first: int, last: int) -> None:
+    """Raises SchemaError where times look like seconds, ms or µs since 1970: as ns they would all be one window."""
+    for unit, factor in (("seconds", 10**9), ("milliseconds", 10**6), ("microseconds", 10**3)):
+        lowest, highest = (second * 10**9 // factor for second in _YEARS)
+        if lowest <= first and last <= highest:
+            raise SchemaError(
+                f"{path}: column 'start_ns' seems to be in {unit}; it counts nanoseconds since 1970, "
+                f"so multiply it by {factor:,}"
+            )
 
 
 def with_watermarks(panes: Iterable[tuple[int, Part]]) -> Iterator[Step]:

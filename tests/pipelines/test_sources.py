@@ -82,3 +82,13 @@ def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
         FlowFile(path)
     with pytest.raises(InputError, match="there is no file"):
         FlowFile(tmp_path / "absent.parquet")
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(1, "seconds"), (10**3, "milliseconds"), (10**6, "microseconds")])
+def test_times_in_another_unit_are_refused_by_its_name(tmp_path: Path, factor: int, unit: str) -> None:
+    begin = 1_499_000_000
+    path = write(tmp_path / "flows.parquet", start_ns=[begin * factor, (begin + 86_400) * factor])
+    with pytest.raises(SchemaError, match=f"seems to be in {unit}; .* multiply it by {10**9 // factor:,}"):
+        FlowFile(path)
+    relative = write(tmp_path / "relative.parquet", start_ns=[0, (begin + 86_400) * factor])
+    assert FlowFile(relative).rows == 2, "nanoseconds since something else"
