@@ -26,6 +26,7 @@ from flowsage.models.analytics import (
     FAN_IN,
     IS_TARGET,
     JOINT,
+    MINUTE,
     NAMES,
     PAIR,
     SERVICE,
@@ -48,6 +49,9 @@ BEGUN = 0.05
 FEW_TAUS = 3.0
 """What is older than this many time constants has faded to a twentieth."""
 
+RESOLVED = 256
+"""Contacts by whose times it is told whether seconds are known."""
+
 META = 7
 """Columns of the log: source slot, target slot, service, first ns, last ns, flows, ns after the origin (-1: unused)."""
 
@@ -64,6 +68,8 @@ class Explained:
     evidence: tuple[Evidence, ...] = field(default_factory=tuple)
     lead: str = ""
     """The analytic that it is told by, where that is not the one that raised the alarm."""
+    on: int | None = None
+    """Code of the service that at least half of it is on."""
 
 
 def amount(value: float, unit: str) -> str:
@@ -87,6 +93,12 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _resolution(meta: Array) -> float:
+    """Seconds of which all times are multiples: a minute, or 0 where they are finer or too few to say."""
+    starts = meta[meta[:, 6] >= 0, 3][:RESOLVED]
+    return MINUTE if len(starts) >= 16 and not (starts % int(MINUTE * 1e9)).any() else 0.0
 
 
 def select(
@@ -176,7 +188,12 @@ def explain(
     begun = int(np.searchsorted(np.cumsum(weight), BEGUN * weight.sum()))
     start = int(meta[rows[begun], 3]) if len(rows) else origin_ns + now_ns
     on = _share(meta[rows, 2], weight, 0.8)
-    span = max(1e-3, (origin_ns + now_ns - start) / 1e9)
+    # A flow is known when it begins, so what it carried may take longer than until now.
+    last = int(meta[rows[begun:], 4].max(initial=0)) if a.unit == "bytes" else 0
+    end = max(origin_ns + now_ns, last)
+    span = max(1e-3, (end - start) / 1e9)
+    step = _resolution(meta)
+    span = math.ceil(span / step) * step if step else span
     if direct:
         beats = "" if beat is None else f"every {duration(beat[0])} ± {100 * beat[1]:.0f} %, {beat[2]} times"
         sentence = a.words.format(
@@ -205,7 +222,13 @@ def explain(
             else "; nothing like it before"
         )
     return Explained(
-        ONE.sub(lambda m: f"1 {m[1]}{m[2][:-1]}", sentence), peer, start, observed, expected, tuple(evidence)
+        ONE.sub(lambda m: f"1 {m[1]}{m[2][:-1]}", sentence),
+        peer,
+        start,
+        observed,
+        expected,
+        tuple(evidence),
+        on=_share(meta[rows, 2], weight, 0.5),
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import numpy as np
 import pytest
 
 from flowsage.graph.services import parts_of
-from flowsage.models.explain import ONE, amount, duration
+from flowsage.models import analytics as an
+from flowsage.models.explain import META, ONE, amount, duration, explain
 from flowsage.models.finding import severity
 from tests.models.alarm_streams import CLIENTS, MISBEHAVIOURS, PANE, SSH, START, Row, S, Watch, office
 from tests.models.test_alarms import BEGIN, LOUD, created, scene
@@ -120,6 +122,21 @@ def test_every_piece_of_evidence_says_in_words_what_it_adds(name, seed, words):
     shares = [e.share for e in finding.evidence]
     assert shares == sorted(shares, reverse=True)
     assert 0 < sum(shares) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(("unit", "last", "said"), [(1, 3_600, "1 h"), (1, 0, "10 s"), (60, 0, "60 s")])
+def test_a_span_is_as_long_as_its_flows_and_no_finer_than_their_times(unit, last, said):
+    meta, inc = np.full((64, META), -1, np.int64), np.zeros((64, len(an.TABLE)), np.float32)
+    for i in range(20):
+        first = (START // (60 * S) * 60 - unit * (19 - i)) * S
+        meta[i] = 0, 1, 443, first, first, 1, 0
+    meta[19, 4] += last * S
+    inc[19, an.EXFIL] = 100.0
+    origin = START // (60 * S) * 60 * S
+    names = np.array(["h", "peer"], object)
+    tau = an.TAU[an.EXFIL]
+    found = explain((meta, inc), names, an.EXFIL, (0, 1, 443), math.log1p(100), 0.0, 10 * S, origin, tau)
+    assert f" in {said};" in found.sentence.replace("60 min", "1 h"), found.sentence
 
 
 def test_what_is_counted_in_a_sentence_is_what_happened_and_one_is_not_many():
