@@ -152,6 +152,8 @@ EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan
 FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a in TABLE])
 """Raised in the first block, before this network has shown anything. What is merely much (flows to a busy server, peers
 of a monitor) may have been so for years; what fails, or asks for a password again and again, seldom has."""
+STEADY = np.array([a.name == "flood" for a in TABLE])
+"""What comes to a server as steadily as ever, from the first minutes on: see `records.first_span`."""
 LEARNS = np.array([a.learns for a in TABLE])
 DOUBLES = np.array([a.doubles for a in TABLE])
 HABIT = np.array([a.habit for a in TABLE])

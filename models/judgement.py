@@ -7,10 +7,10 @@ import numpy as np
 
 from flowsage.graph.prefetch import prefetch
 from flowsage.graph.services import on_ports
-from flowsage.models.analytics import DATABASE_PORTS, GUESS, MEETING
+from flowsage.models.analytics import DATABASE_PORTS, GUESS, MEETING, STEADY
 from flowsage.models.calibration import STEP, STEPS, THRESHOLD, tail
 from flowsage.models.keys import AHEAD
-from flowsage.models.records import BEFORE, HELD, RECORD, growth, touch
+from flowsage.models.records import BEFORE, HELD, RECORD, first_span, growth, touch
 
 LEAST_EXCESS = 1.0
 """An alarm needs S of at least this: e times what was there before."""
@@ -79,7 +79,7 @@ def judge(  # type: ignore[no-untyped-def]
         if excess <= THRESHOLD:
             continue
         age, group = now - host_born[host], 3
-        record += growth(age, step, tau[a], span[a])
+        record += growth(age, first_span(STEADY[a], host_born[host], step), tau[a], span[a])
         excess = x - record
         if excess <= THRESHOLD:
             continue
@@ -92,9 +92,13 @@ def judge(  # type: ignore[no-untyped-def]
         else:
             age = now - born[3 - what][row // width[what]]
             group = 1 if age < hour else (2 if age < day else 3)
+        # Who was there when the sensor started counts as new, but is judged as one who is not.
+        counted = group
+        if group == 0 and first_span(STEADY[a], host_born[host], step) < step:
+            group = 2
         if excess < enough[a, group]:
             if not held:
-                best[group][host, a] = max(best[group][host, a], np.float32(excess))
+                best[counted][host, a] = max(best[counted][host, a], np.float32(excess))
             continue
         p = tail(excess, rate[a, group], shape[a, group], scale[a, group])
         p = max(p, floors[a, min(STEPS - 1, int(excess / STEP))])
@@ -114,7 +118,7 @@ def judge(  # type: ignore[no-untyped-def]
             values[count, 0], values[count, 1], values[count, 2], values[count, 3] = excess, x, record, p
             count += 1
         elif not held:
-            best[group][host, a] = max(best[group][host, a], np.float32(excess))
+            best[counted][host, a] = max(best[counted][host, a], np.float32(excess))
         if a != joint and not is_target[a] and p < JOINT_P:
             cause = np.float32(min(JOINT_MOST, np.log(JOINT_P / p)))
             if cause > family_best[host, family[a]]:

@@ -6,10 +6,10 @@ import numba
 import numpy as np
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.analytics import BURST, DOUBLES, DRIP, EXFIL, FAMILIES, FLOOD, TABLE, contributions
+from flowsage.models.analytics import BURST, DOUBLES, DRIP, EXFIL, FAMILIES, FLOOD, STEADY, TABLE, contributions
 from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
-from flowsage.models.records import touch
+from flowsage.models.records import first_span, touch
 
 HIGHEST = 1e15
 """No level is higher: what doubles would not end."""
@@ -165,7 +165,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
             beyond = usual[i] if a in (EXFIL, DRIP) else 0.0
             if touch(
                 cells[what], past[what], row, now, tau[a], span[a], fade[a], host_record, owner, a, host_born[owner],
-                step, beyond,
+                first_span(STEADY[a], host_born[owner], step), beyond,
             ):  # fmt: skip
                 touched[m, 0], touched[m, 1], touched[m, 2] = a, row, i
                 m += 1

@@ -147,8 +147,9 @@ class Reasons:
             cell, past = (stores[analytic.kind].arrays[name][slot][an.COLUMN[a]] for name in ("cells", "past"))
             x = float(np.log1p(cell["level"] * np.exp((cell["at"] - now) / self.tau[a])))
             record = max(0.0, float(past[records.RECORD]) - self.fade[a] * now)
-            age = now - float(m.hosts.arrays["born"][source])
-            record += float(records.growth(age, self.block, self.tau[a], self.span[a]))
+            born = float(m.hosts.arrays["born"][source])
+            first = records.first_span(an.STEADY[a], born, self.block)
+            record += float(records.growth(now - born, first, self.tau[a], self.span[a]))
             if x - record >= LEAST_EXCESS and x >= an.LEAST[a]:
                 told = (x - record, a, x, record)
                 best[int(an.FAMILY[a])] = max(best.get(int(an.FAMILY[a]), told), told)

@@ -30,6 +30,20 @@ CELL = np.dtype([("at", "f8"), ("level", "f4"), ("last", "f4")])
 RECORD, BEFORE, HELD = range(3)
 
 
+FINER = 8.0
+"""Into so many parts the first block is cut, for what is steady."""
+
+
+@numba.njit(cache=True, nogil=True)
+def first_span(steady, born, block):  # type: ignore[no-untyped-def]
+    """Length of the first span of a host's life, s: a block.
+
+    But of what is `steady` at a host that was there when the sensor started minutes, so that after the first block it
+    is known how busy it is; what begins later in that block is news.
+    """
+    return block / FINER if steady and born < 2.0 * block / FINER else block
+
+
 @numba.njit(cache=True, nogil=True)
 def span_of(age, step, span):  # type: ignore[no-untyped-def]
     """Which span of its host's life an age is in: 0 is the first block, each is twice the one before until `span`."""

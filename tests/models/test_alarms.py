@@ -98,6 +98,23 @@ def test_what_is_merely_much_is_no_news_in_the_first_block_but_it_is_after():
         assert any(f.host == "10.0.0.80" for f in found) == raised
 
 
+@pytest.mark.parametrize(
+    ("begin", "more", "raised"),
+    [(0.0, 1, False), (0.0, 30, True), (0.6, 1, True)],
+    ids=["steady", "faster", "from nothing"],
+)
+def test_a_server_that_was_as_busy_from_the_first_minutes_is_no_flood_after_the_first_block(begin, more, raised):
+    """`begin` in blocks; from .6 blocks on `more` times as much."""
+    block = LAB.block_ns / LAB.time_scale / 1e9
+    rng = np.random.default_rng(4)
+    busy = [np.sort(rng.uniform(begin * block, 2 * block, int((2 - begin) * block * 100)))]
+    busy += [np.sort(rng.uniform(0.6 * block, 2 * block, int(1.4 * block * 100 * (more - 1))))]
+    at = np.sort(np.concatenate(busy)).tolist()
+    rows: list[Row] = [(t, f"10.77.0.{20 + k % 8}", "10.77.0.80", 53, 1, 80, 200) for k, t in enumerate(at)]
+    found = created(Watch(LOUD).run(office(2 * block, 0) + rows, 2 * block))
+    assert any(f.host == "10.77.0.80" and f.analytic == "flood" for f in found) == raised
+
+
 def test_a_quiet_first_block_raises_nothing():
     block = LAB.block_ns / LAB.time_scale / 1e9
     for seed in range(6):
