@@ -316,7 +316,10 @@ class Alarms:
         offers = []
         for (a, row, contact, _, host), (excess, x, record, p) in zip(found[first], values[first], strict=True):
             why = reasons.of(c, int(a), int(row), int(contact), x, record)
-            offers.append(Offer(str(names[host]), int(a), float(p), why, float(excess)))
+            key = f"{c.hosts.hash[c.dst[contact]]:x}" if an.KIND[a] >= an.PAIR else ""
+            about = key + (f"/{c.service[contact]}" if an.KIND[a] in (an.SERVICE, an.CONTACT) else "")
+            host_name, tau = str(names[host]), float(self._tau[a])
+            offers.append(Offer(host_name, int(a), float(p), why, float(excess), float(x), tau, about))
         return offers
 
     def host_name(self, host: int) -> str | None:

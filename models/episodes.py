@@ -1,8 +1,9 @@
 """Episodes: alarms of one host and one cause as one finding, with a beginning and an end.
 
-- The same host and family: one finding while it lasts, and until it has been quiet for an hour.
+- The same host and family: one finding while it lasts, and until it has been quiet for an hour; but what begins long
+  after it last grew, of another peer or service, is news (`parts.py`).
 - Another family of a host whose finding began within the last quarter of an hour: the same finding.
-- A target whose trouble comes from one host that has a finding (and the reverse): the same finding.
+- A target whose trouble comes from one host that has a finding which still grows (and the reverse): the same finding.
 - The same cause towards one peer at several hosts: one finding, the first; the others join it.
 
 A finding is created, updated when it is materially worse (at most once in five minutes), and closed. uids are hashes of
@@ -20,6 +21,7 @@ from typing import Any
 from flowsage.models.analytics import SHARE, TABLE, Analytic
 from flowsage.models.explain import Explained
 from flowsage.models.finding import Evidence, Finding, severity
+from flowsage.models.parts import Part
 
 MINUTE = 60.0
 QUIET, TOGETHER, THROTTLE = 60 * MINUTE, 15 * MINUTE, 5 * MINUTE
@@ -40,6 +42,12 @@ class Offer:
     p: float
     explain: Callable[[], Explained]
     excess: float = 0.0
+    x: float = 0.0
+    """Level that it was raised by, as ln(1 + level)."""
+    tau: float = 0.0
+    """Time constant of the level, s, scaled; 0: none."""
+    about: str = ""
+    """Which of its host's keys it is of, where the analytic looks at pairs or services."""
 
 
 def _order(o: Offer) -> tuple[bool, float, str, int]:
@@ -56,8 +64,8 @@ def _told(a: Analytic, why: Explained) -> dict[str, Any]:
     }  # fmt: skip
 
 
-JOINED = re.compile("; (?:with it|felt by|done by): ")
-"""Begins what a sentence says of the hosts that joined."""
+JOINED = re.compile("; (?:with it|felt by|done by|earlier): ")
+"""Begins what a sentence says of the hosts that joined, and of what it told before."""
 
 
 def _joined(f: Finding, others: list[tuple[str, str]]) -> str:
@@ -83,9 +91,21 @@ class Episode:
     others: list[tuple[str, str]] = field(default_factory=list)
     """(host, role) of those that joined: who was scanned may yet do something of its own."""
     grew: bool = False
+    own_p: float = 1.0
+    """p of what its sentence tells."""
+    also: str = ""
+    """What the strongest of `others` does, where that is rarer."""
+    earlier: str = ""
+    """What it was before it turned to something else."""
+    parts: list[Part] = field(default_factory=list)
     peer: str | None = None
     alone: tuple[int, float] | None = None
     """Analytic and excess that it began with, while no other family has joined."""
+
+    @property
+    def grew_ns(self) -> int:
+        """When any part of it last grew."""
+        return max(part.grew_ns for part in self.parts)
 
 
 class Episodes:
@@ -108,12 +128,18 @@ class Episodes:
         told: list[Finding] = []
         self.begun, self.borne_out = [], []
         for o in sorted(offers, key=_order):
-            a = TABLE[o.analytic]
-            episode = self._of(o.host, a.role, a.family)
-            if episode is None:
-                told += self._begin(now_ns, o, allowed)
-            else:
-                told += self._go_on(now_ns, episode, o, allowed)
+            part, of = self._of(o)
+            if part is not None:
+                part.see(now_ns, o.x, o.tau)
+            why, fresh = self._news(now_ns, part, of, o)
+            if of is None or (fresh and of.finding.host != o.host):
+                if part is not None and of is not None:
+                    of.parts.remove(part)
+                told += self._begin(now_ns, o, allowed, why, of)
+                continue
+            if part is None or fresh:
+                of.parts = [p for p in of.parts if p is not part] + [self._part(now_ns, o, why)]
+            told += self._go_on(now_ns, of, o, allowed, why, turned=fresh)
         return told
 
     def close(self, now_ns: int) -> list[Finding]:
@@ -124,34 +150,67 @@ class Episodes:
         self.open = [e for e in self.open if now_ns - e.last_ns <= self.quiet_ns]
         return [self._closed(now_ns, e, e.finding.sentence) for e in done]
 
-    def _of(self, host: str, role: str, family: str) -> Episode | None:
-        """The open episode that speaks of this host, in this role, and cause."""
+    def _of(self, o: Offer) -> tuple[Part | None, Episode | None]:
+        """The part that this alarm goes on with, and the open episode that speaks of this host, role and cause."""
+        a, best = TABLE[o.analytic], None
         for e in self.open:
-            if family in e.families and (host, role) in ((e.finding.host, e.finding.role), *e.others):
-                return e
-        return None
+            for part in e.parts:
+                if (part.host, part.role) != (o.host, a.role) or TABLE[part.analytic].family != a.family:
+                    continue
+                if (part.analytic, part.about) == (o.analytic, o.about):
+                    return part, e
+                if best is None or part.grew_ns >= best[0]:
+                    best = part.grew_ns, e
+        return None, None if best is None else best[1]
 
-    def _begin(self, now_ns: int, o: Offer, allowed: float) -> list[Finding]:
-        """A cause that no open episode of the host has: it joins one, or it is a new finding."""
+    def _part(self, now_ns: int, o: Offer, why: Explained | None) -> Part:
+        """A part that begins now; its cause is not known where nobody asked."""
         a = TABLE[o.analytic]
-        recent = [e for e in self.open if e.finding.host == o.host and now_ns - e.finding.alarm_ns <= self.together_ns]
-        if recent:
-            self._join(recent[0], a)
-            recent[0].others.append((o.host, a.role))
-            recent[0].grew = True
-            return self._go_on(now_ns, recent[0], o, allowed)
+        cause = None if why is None else (why.peer, why.on)
+        return Part(o.host, a.role, o.analytic, o.about, cause, o.x, now_ns)
+
+    def _news(self, now_ns: int, part: Part | None, e: Episode | None, o: Offer) -> tuple[Explained | None, bool]:
+        """Whether an alarm of what an episode speaks of is something else than it tells, and its explanation if asked.
+
+        It is where none of this cause has grown for long, and it is of a peer or service that none of them was of.
+        """
+        if e is None:
+            return None, False
+        a = TABLE[o.analytic]
+        mine = [p for p in e.parts if (p.host, p.role) == (o.host, a.role) and TABLE[p.analytic].family == a.family]
+        if any(p is not part and now_ns - p.grew_ns <= self.together_ns for p in mine):
+            return None, False
+        if part is not None and not part.again(now_ns, self.together_ns, self.throttle_ns):
+            return None, False
         why = o.explain()
-        if why.peer is not None:
-            other_end = [e for e in self.open if e.finding.host == why.peer and e.finding.role != a.role and
-                         now_ns - e.last_ns <= self.together_ns]  # fmt: skip
-            same = [e for e in self.open if e.peer == why.peer and a.family in e.families and e.finding.role == a.role]
-            if other_end or same:
-                keeper = (other_end or same)[0]
-                self._join(keeper, a)
-                keeper.others.append((o.host, a.role))
-                keeper.grew = True
-                self.joined += 1
-                return self._go_on(now_ns, keeper, o, allowed, why)
+        cause = why.peer, why.on
+        if (part is None or not o.about) and all(p.differs(cause) for p in mine):
+            return why, True
+        # As long as no service stands out, what is new may be hidden in what is left of the old.
+        if part is not None and (part.cause is None or why.on is not None):
+            part.goes_on(now_ns, cause)
+        return why, False
+
+    def _begin(
+        self, now_ns: int, o: Offer, allowed: float, why: Explained | None = None, left: Episode | None = None
+    ) -> list[Finding]:
+        """A cause that no open episode of the host has, or that `left` its own: it joins one, or is a new finding."""
+        a = TABLE[o.analytic]
+        others = [e for e in self.open if e is not left]
+        recent = [e for e in others if e.finding.host == o.host and now_ns - e.finding.alarm_ns <= self.together_ns]
+        why = why or o.explain()
+        other_end, same = [], []
+        if why.peer is not None and not recent:
+            other_end = [e for e in others if e.finding.host == why.peer and e.finding.role != a.role and
+                         now_ns - e.grew_ns <= self.together_ns]  # fmt: skip
+            same = [e for e in others if e.peer == why.peer and a.family in e.families and e.finding.role == a.role]
+        for keeper in (*recent, *other_end, *same):
+            self._join(keeper, a)
+            keeper.others.append((o.host, a.role))
+            keeper.grew = True
+            keeper.parts.append(self._part(now_ns, o, why))
+            self.joined += not recent
+            return self._go_on(now_ns, keeper, o, allowed, why)
         text = f"{o.host}\0{a.role}\0{a.name}\0{why.peer or ''}\0{now_ns}"
         p = min(1.0, o.p / float(SHARE[o.analytic]))
         finding = Finding(
@@ -174,7 +233,10 @@ class Episodes:
             hosts=(o.host,),
         )
         alone = (o.analytic, o.excess)
-        self.open.append(Episode(finding, [a.family], now_ns, now_ns, p, peer=why.peer, alone=alone))
+        parts = [self._part(now_ns, o, why)]
+        self.open.append(
+            Episode(finding, [a.family], now_ns, now_ns, p, own_p=p, parts=parts, peer=why.peer, alone=alone)
+        )
         self.created += 1
         self.begun.append(o)
         return [finding]
@@ -192,31 +254,42 @@ class Episodes:
     def _closed(now_ns: int, e: Episode, sentence: str) -> Finding:
         return replace(e.finding, activity="close", told_ns=now_ns, end_ns=e.last_ns, sentence=sentence)
 
-    def _go_on(self, now_ns: int, e: Episode, o: Offer, allowed: float, why: Explained | None = None) -> list[Finding]:
-        """The episode lasts; it is told again if it is materially worse and was not told just now."""
+    def _go_on(
+        self, now_ns: int, e: Episode, o: Offer, allowed: float, why: Explained | None = None, turned: bool = False
+    ) -> list[Finding]:
+        """The episode lasts; it is told again if it is materially worse and was not told just now.
+
+        Where it has `turned` to something else, it is told by that, and what it was before is said after it.
+        """
         a, p = TABLE[o.analytic], min(1.0, o.p / float(SHARE[o.analytic]))
         e.last_ns = now_ns
         f = e.finding
         if a.name not in f.analytics:
             e.finding = f = replace(f, analytics=(*f.analytics, a.name))
         worse = p < e.told_p / WORSE
-        if not (worse or e.grew) or now_ns - e.told_ns < self.throttle_ns:
+        if not (worse or e.grew or turned) or now_ns - e.told_ns < self.throttle_ns:
             return []
         hosts = tuple(dict.fromkeys([f.host, *(other for other, _ in e.others)]))
-        if o.host == f.host and p <= f.p_value:
-            why = why or o.explain()
+        if o.host == f.host and (p <= e.own_p or turned):
+            why, e.own_p = why or o.explain(), p
+            e.earlier = JOINED.split(f.sentence)[0] if turned else e.earlier
             f = replace(
-                f, peer=why.peer, analytic=a.name, family=a.family, p_value=p, severity=severity(p, allowed),
-                sentence=why.sentence, start_ns=min(f.start_ns, why.start_ns), **_told(a, why),
+                f, peer=why.peer, analytic=a.name, family=a.family, sentence=why.sentence,
+                start_ns=min(f.start_ns, why.start_ns), **_told(a, why),
             )  # fmt: skip
-        sentence = f"{JOINED.split(f.sentence)[0]}{_joined(f, e.others)}"
+        elif o.host != f.host and p < f.p_value:
+            e.also = (why or o.explain()).sentence
+        p_value = min(p, f.p_value)
+        f = replace(f, p_value=p_value, severity=severity(p_value, allowed))
+        more = (f"; {e.also}" if e.also else "") + (f"; earlier: {e.earlier}" if e.earlier else "")
+        sentence = f"{JOINED.split(f.sentence)[0]}{_joined(f, e.others)}{more}"
         e.finding = replace(f, activity="update", told_ns=now_ns, sentence=sentence, hosts=hosts)
         e.told_ns, e.told_p, e.grew = now_ns, min(e.told_p, p), False
         return [e.finding]
 
     def state(self) -> dict[str, Any]:
         """What is open, as plain values for JSON."""
-        return {"open": [asdict(e) for e in self.open], "created": self.created, "joined": self.joined}
+        return {"open": [asdict(e) for e in self.open], "created": self.created, "joined": self.joined}  # fmt: skip
 
     @classmethod
     def restore(cls, state: dict[str, Any], time_scale: float) -> Episodes:
@@ -228,6 +301,8 @@ class Episodes:
             f = f | {k: tuple(f[k]) for k in ("analytics", "hosts")}
             f["evidence"] = tuple(Evidence(**e) for e in f["evidence"])
             others = [(host, role) for host, role in raw["others"]]
+            parts = [Part(**(part | {"cause": part["cause"] and tuple(part["cause"])})) for part in raw["parts"]]
             alone = None if raw["alone"] is None else tuple(raw["alone"])
-            episodes.open.append(Episode(**(raw | {"finding": Finding(**f), "others": others, "alone": alone})))
+            of = {"finding": Finding(**f), "others": others, "parts": parts, "alone": alone}
+            episodes.open.append(Episode(**(raw | of)))
         return episodes
