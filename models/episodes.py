@@ -21,6 +21,7 @@ from typing import Any
 from flowsage.models.analytics import SHARE, TABLE, Analytic
 from flowsage.models.explain import Explained
 from flowsage.models.finding import Evidence, Finding, severity
+from flowsage.models.habits import Habits
 from flowsage.models.parts import Part
 
 MINUTE = 60.0
@@ -118,8 +119,9 @@ class Episodes:
         self.open: list[Episode] = []
         """Oldest first."""
         self.created = self.joined = 0
+        self.habits = Habits(time_scale)
         self.begun: list[Offer] = []
-        """The offers of the last pane that became findings of their own."""
+        """The offers of the last pane that became findings, or would have but for what is known of their hosts."""
         self.borne_out: list[tuple[int, float]] = []
         """Analytic and excess of those findings that another family has joined in the last pane."""
 
@@ -211,6 +213,12 @@ class Episodes:
             keeper.parts.append(self._part(now_ns, o, why))
             self.joined += not recent
             return self._go_on(now_ns, keeper, o, allowed, why)
+        if self.habits.usual(o.host, o.analytic, o.excess, now_ns):
+            # An analytic that keeps raising is wrong about what is rare, whether or not it is told.
+            if self.habits.again(o.host, o.analytic, now_ns, self.quiet_ns):
+                self.begun.append(o)
+            return []
+        self.habits.told(o.host, o.analytic, o.excess, now_ns)
         text = f"{o.host}\0{a.role}\0{a.name}\0{why.peer or ''}\0{now_ns}"
         p = min(1.0, o.p / float(SHARE[o.analytic]))
         finding = Finding(
@@ -248,6 +256,7 @@ class Episodes:
         e.families.append(a.family)
         if e.alone is not None:
             self.borne_out.append(e.alone)
+            self.habits.bear_out(e.finding.host, e.alone[0])
             e.alone = None
 
     @staticmethod
@@ -289,13 +298,15 @@ class Episodes:
 
     def state(self) -> dict[str, Any]:
         """What is open, as plain values for JSON."""
-        return {"open": [asdict(e) for e in self.open], "created": self.created, "joined": self.joined}  # fmt: skip
+        return {"open": [asdict(e) for e in self.open], "created": self.created, "joined": self.joined,
+                "habits": self.habits.state()}  # fmt: skip
 
     @classmethod
     def restore(cls, state: dict[str, Any], time_scale: float) -> Episodes:
         """The episodes that `state` describes."""
         episodes = cls(time_scale)
         episodes.created, episodes.joined = state["created"], state["joined"]
+        episodes.habits.restore(state["habits"])
         for raw in state["open"]:
             f = raw["finding"]
             f = f | {k: tuple(f[k]) for k in ("analytics", "hosts")}

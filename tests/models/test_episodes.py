@@ -1,4 +1,4 @@
-"""Findings over hours: what begins long after a finding last grew is told."""
+"""Findings over hours: what begins long after a finding last grew is told, and what a host does for a living is not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from flowsage.models import analytics as an
 from flowsage.models.episodes import Episodes, Offer
 from flowsage.models.explain import Explained
+from flowsage.models.habits import KNOWN, ROOM, Habits
 from tests.models.alarm_streams import START, S
 from tests.models.test_alarms import created
 
@@ -99,3 +100,56 @@ def test_what_a_joined_host_does_is_said_where_it_is_rarer():
     (told,) = episodes.offer(START + 6 * MINUTE, [offer("attacker", "guess", 1e-9, "victim")], 1e-3)
     assert told.sentence == "victim did flood on None; done by: attacker; attacker did guess on None"
     assert told.p_value < 1e-7
+
+
+def test_what_a_host_was_told_for_twice_is_told_again_only_if_it_is_clearly_stronger():
+    episodes, told = Episodes(), []
+    for day, x in enumerate((3.0, 3.2, 3.5, 4.0, 4.3)):
+        now = START + day * DAY
+        if day == 3:
+            episodes = Episodes.restore(json.loads(json.dumps(episodes.state())), 1.0)
+        told.append(len(created(episodes.offer(now, [offer("builder", "meeting", 1e-9, x=x)], 1e-3))))
+        episodes.close(now + 2 * HOUR)
+    assert told == [1, 1, 0, 0, 1]
+
+
+def test_what_is_no_habit_what_another_family_bears_out_and_what_is_long_past_is_told():
+    def times(name: str, gap: int, *also: str, n: int = 4) -> int:
+        episodes, told = Episodes(), []
+        for k in range(n):
+            now = START + k * gap
+            told += episodes.offer(now, [offer("h", name, 1e-9)], 1e-3)
+            for other in also:
+                told += episodes.offer(now + MINUTE, [offer("h", other, 1e-9)], 1e-3)
+            episodes.close(now + 2 * HOUR)
+        return len(created(told))
+
+    assert times("meeting", DAY) == 2
+    assert times("sweep", DAY) == 4
+    assert times("meeting", DAY, "exfil") == 4
+    assert times("meeting", 7 * DAY) == 4
+
+
+def test_habits_are_bounded_and_go_on_while_they_last():
+    habits = Habits()
+    for k in range(ROOM + 10):
+        habits.told(f"h{k}", an.MEETING, 3.0, START)
+    assert len(habits.known) == ROOM
+    assert ("h0", an.MEETING) not in habits.known
+    habits.told("h100", an.MEETING, 3.0, START)
+    for day in range(1, 30):
+        now = START + day * DAY
+        assert habits.usual("h100", an.MEETING, 3.0, now), day
+        assert habits.again("h100", an.MEETING, now, HOUR)
+        assert not habits.again("h100", an.MEETING, now + 50 * MINUTE, HOUR), "it goes on"
+    assert not habits.usual("h100", an.MEETING, 3.0, START + 40 * DAY), KNOWN
+
+
+def test_what_is_not_told_still_counts_against_its_analytic_once_while_it_lasts():
+    episodes, begun = Episodes(), []
+    for day in range(4):
+        for minute in (0, 1, 50):
+            episodes.offer(START + day * DAY + minute * MINUTE, [offer("builder", "meeting", 1e-9, x=3.0)], 1e-3)
+            begun += episodes.begun
+        episodes.close(START + day * DAY + 3 * HOUR)
+    assert len(begun) == 4
