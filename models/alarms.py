@@ -48,7 +48,7 @@ FEW = 8
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-VERSION = 9
+VERSION = 10
 
 _BEST, _RUN = by_group("best"), by_group("run")
 

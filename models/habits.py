@@ -7,6 +7,7 @@ where it is clearly stronger than all before. What fails or asks for passwords i
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,4 +97,4 @@ class Habits:
         return TABLE[analytic].role == "source" and TABLE[analytic].family not in NEVER
 
     def _count(self, habit: Habit, now_ns: int) -> float:
-        return habit.count * 0.5 ** ((now_ns - habit.at_ns) / self._half_ns)
+        return habit.count * math.exp(-math.log(2.0) * (now_ns - habit.at_ns) / self._half_ns)
