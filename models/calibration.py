@@ -238,9 +238,14 @@ class Calibration:
         self.hosts += round(counts[2])
         self.blocks += len(both) > 0
 
+    @property
+    def seen(self) -> int:
+        """Host-blocks of sources, on which p-values rest."""
+        return int(self.n[0].sum())
+
     def readiness(self, blocks_needed: int, host_blocks_needed: int) -> Readiness:
         """Whether enough was seen, and a sentence that says how much."""
-        seen = int(self.n[0].sum())
+        seen = self.seen
         ready = self.blocks >= blocks_needed and seen >= host_blocks_needed
         if ready:
             return Readiness(True, f"ready, calibrated on {seen:,} host-blocks")

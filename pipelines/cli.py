@@ -109,7 +109,10 @@ def run(**options: Any) -> None:
     if lab and "interface" in chosen:
         raise UsageError("--lab brings its own interfaces; name either --lab or --interface")
     if len(chosen) != 1:
-        raise UsageError("name what to watch: one of --interface IF, --lab, --pcap FILE, --flows FILE")
+        raise UsageError(
+            f"name {'only one thing' if chosen else 'what'} to watch: "
+            "--interface IF, --lab, --pcap FILE or --flows FILE"
+        )
     if find_spec("numba") is None:
         # The model is imported only once packets are counted; without it none should be.
         raise ModuleNotFoundError(name="numba")

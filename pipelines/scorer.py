@@ -299,7 +299,7 @@ def _metrics(scorer: Scorer) -> dict[str, Value]:
         "flowsage_history_keys": detector.history.keys,
         "flowsage_history_evicted": detector.history.evicted,
         "flowsage_calibration_ready": float(detector.alarms.readiness().ready),
-        "flowsage_calibration_host_blocks": detector.alarms.calibration.host_blocks().sum(),
+        "flowsage_calibration_host_blocks": detector.alarms.calibration.seen,
         "flowsage_findings": dict(scorer.raised),
         "flowsage_findings_open": len(detector.alarms.episodes.open),
     }

@@ -251,7 +251,7 @@ def test_the_first_windows_terms_are_those_done_by_hand() -> None:
     assert terms["A_0"].tolist() == [0, 0, 1]
     # Of three flows one is of a source that has no more: r = −ln((1 + 1½)/(3 + 1½)), that of the other is nought.
     assert terms["R_0"] == pytest.approx([0, 0, -math.log(2.5 / 4.5) / 2])
-    weights = {"B_s": 1, "B_ss": 0.5, "K_ss": 0.25, "B_svc": 0.5, "F_s": 0.5, "F_ss": 1, "P_ss": 0.5, "dc": 0.5}
+    weights = {"B_s": 1, "B_ss": 0.5, "K_ss": 0.25, "B_svc": 0.5, "F_s": 0.5, "F_ss": 1, "P_ss": 0.7, "dc": 0.5}
     weights |= {"F_0": 1, "R_0": 3, "A_0": 2}
     expected = sum(w * terms[name] for name, w in weights.items()) + 1.5 * terms["fail"]
     assert terms["history"] == pytest.approx(expected)

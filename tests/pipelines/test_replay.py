@@ -187,7 +187,7 @@ def test_a_capture_cut_in_a_packet_gives_what_is_whole_and_exits_with_1(tmp_path
     ("arguments", "code", "sentence"),
     [
         (["run"], 2, "name what to watch"),
-        (["run", "--flows", "x", "--pcap", "y"], 2, "name what to watch"),
+        (["run", "--flows", "x", "--pcap", "y"], 2, "name only one thing to watch"),
         (["run", "--lab", "--interface", "eth0"], 2, "brings its own interfaces"),
         (["replay", "absent.pcap", "--records", "r"], 1, "absent.pcap: No such file"),
         (["replay", "/etc/hostname", "--records", "r"], 1, "neither a capture"),
