@@ -12,11 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from flowsage.collector.errors import ConfigurationError
-from flowsage.graph.addresses import PRIVATE, Internal, some_inside
+from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts
 from flowsage.graph.flows import UInt64
 from flowsage.models import analytics as an
@@ -41,9 +39,6 @@ GRANDFATHERED = 30 * an.MINUTE
 
 THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
-
-FEW = 8
-"""New hosts whose names are asked for one by one: Arrow takes as long for any number of them at once."""
 
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
@@ -204,7 +199,7 @@ class Alarms:
         h = m.hosts.arrays
         if len(m.hosts.table) > before:
             h["born"][before : len(m.hosts.table)] = now
-            self._name(before, slots, c)
+            m.name_hosts(before, slots[:2], c, self.internal)
         born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
         cells = tuple(s.arrays["cells"].reshape(-1) for s in stores[:4])
         past = tuple(s.arrays["past"].reshape(-1, PAST) for s in stores[:4])
@@ -284,23 +279,6 @@ class Alarms:
             scale, strength,
         )  # fmt: skip
         return strength
-
-    def _name(self, before: int, slots: Array, c: Contacts) -> None:
-        """Names of the hosts whose slots are `before` and above, and whether they are ours."""
-        both = slots[:2].ravel()
-        new = np.flatnonzero(both >= before)
-        which, first = np.unique(both[new], return_index=True)
-        index = np.concatenate((c.src, c.dst))[new[first]]
-        arrays = self.memory.hosts.arrays
-        if len(index) <= FEW:
-            for slot, host in zip(which.tolist(), index.tolist(), strict=True):
-                arrays["name"][slot] = c.hosts.names[host].as_py()
-        else:
-            names = c.hosts.names.take(pa.array(index))
-            if pa.types.is_dictionary(names.type):
-                names = pc.cast(names, pa.string())
-            arrays["name"][which] = names.to_numpy(zero_copy_only=False)
-        arrays["inside"][which] = some_inside(self.internal, c.hosts, index)
 
     def _offers(self, c: Contacts, found: Array, values: Array) -> list[Offer]:
         """The smallest p of each host and analytic, as offers to the episodes."""

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from flowsage.graph.addresses import Internal, some_inside
+from flowsage.graph.build import Contacts
 from flowsage.models import beacon
 from flowsage.models.analytics import CONTACT, FAMILIES, HOST, PAIR, SERVICE, TABLE, WIDTH
 from flowsage.models.keys import KeyTable, find_or_insert_each, over
@@ -66,6 +69,9 @@ FIELDS: dict[str, dict[str, Field]] = {
 }
 """Arrays of each table: shape of a slot's part, dtype, and what an unused slot holds."""
 
+
+FEW = 8
+"""New hosts whose names are asked for one by one: Arrow takes as long for any number of them at once."""
 
 CROWDED = 2
 """Times `max_keys` that memory may hold within a block."""
@@ -164,6 +170,23 @@ class Memory:
     def sizes(self) -> dict[str, int]:
         """Keys held, by table."""
         return {name: len(s.table) for name, s in self.stores.items()}
+
+    def name_hosts(self, before: int, slots: npt.NDArray[np.int32], c: Contacts, internal: Internal) -> None:
+        """Names of the hosts whose slots i32[2, c] (sources, targets) are `before` and above; whether they are ours."""
+        both = slots.ravel()
+        new = np.flatnonzero(both >= before)
+        which, first = np.unique(both[new], return_index=True)
+        index = np.concatenate((c.src, c.dst))[new[first]]
+        arrays = self.hosts.arrays
+        if len(index) <= FEW:
+            for slot, host in zip(which.tolist(), index.tolist(), strict=True):
+                arrays["name"][slot] = c.hosts.names[host].as_py()
+        else:
+            names = c.hosts.names.take(pa.array(index))
+            if pa.types.is_dictionary(names.type):
+                names = pc.cast(names, pa.string())
+            arrays["name"][which] = names.to_numpy(zero_copy_only=False)
+        arrays["inside"][which] = some_inside(internal, c.hosts, index)
 
     def crowded(self, max_keys: int) -> bool:
         """Whether a flood has to be forgotten before its block is over."""
