@@ -146,7 +146,7 @@ def _make_room(interface: str, ifindex: int, replace: bool) -> None:
     if not replace:
         raise BusyInterfaceError(
             f"{interface} already runs XDP program {other} ({mode}), which somebody else attached; "
-            "detach that first, or ask to replace it"
+            "detach that first (a FlowSAGE that runs: stop it), or take its place with --replace"
         )
     code = -libbpf.xdp_detach(ifindex, _FLAGS.get(mode, 0))
     if code or _ids(ifindex):

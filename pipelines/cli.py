@@ -322,8 +322,8 @@ def watch(**options: Any) -> None:
 
 @main.command()
 @click.option("--address", default="127.0.0.1", help="where `flowsage run` serves its metrics")
-@click.option("--port", type=int, default=9436)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--port", "--metrics-port", "port", type=int, default=9436, show_default=True, help="port of its metrics")
+@click.option("--json", "as_json", is_flag=True, help="as one JSON object")
 def status(address: str, port: int, as_json: bool) -> None:
     """Ask a running FlowSAGE how it is: packets, ledger, windows, model, findings."""
     from flowsage.pipelines.status import show
