@@ -105,7 +105,7 @@ class FlowFile:
             ) from e
         times = pc.fill_null(start, -1).to_numpy().astype(np.int64)
         self.rows = len(times)
-        if self.rows:
+        if self.rows and not pa.types.is_timestamp(start.type):  # a timestamp knows its unit
             _refuse_other_units(path, int(times.min()), int(times.max()))
         self.reordered = int(np.count_nonzero(times < np.maximum.accumulate(times))) if self.rows else 0
 

@@ -90,5 +90,8 @@ def test_times_in_another_unit_are_refused_by_its_name(tmp_path: Path, factor: i
     path = write(tmp_path / "flows.parquet", start_ns=[begin * factor, (begin + 86_400) * factor])
     with pytest.raises(SchemaError, match=f"seems to be in {unit}; .* multiply it by {10**9 // factor:,}"):
         FlowFile(path)
+    stamps = pa.array([begin * 10**3, (begin + 86_400) * 10**3], pa.timestamp("ms"))
+    known = FlowFile(write(tmp_path / "stamps.parquet", start_ns=stamps))
+    assert next(known.batches()).start_ns.tolist() == [begin * SECOND, (begin + 86_400) * SECOND], "it says its unit"
     relative = write(tmp_path / "relative.parquet", start_ns=[0, (begin + 86_400) * factor])
     assert FlowFile(relative).rows == 2, "nanoseconds since something else"
