@@ -30,6 +30,7 @@ from flowsage.models.arrays import write_arrays
 from flowsage.models.card import card
 from flowsage.models.columns import Array
 from flowsage.models.detector import Detector, DetectorConfig
+from flowsage.models.episodes import Episodes
 from flowsage.models.profiles import feature_names
 from flowsage.models.terms import TERMS
 
@@ -122,7 +123,7 @@ def save(path: Path, detector: Detector, *, trained: dict[str, Any]) -> Manifest
 
 def _write(folder: Path, detector: Detector, trained: dict[str, Any]) -> Manifest:
     arrays, values = detector.state()
-    values = values | {"alarms": values["alarms"] | {"episodes": {"open": [], "created": 0, "joined": 0}}}
+    values = values | {"alarms": values["alarms"] | {"episodes": Episodes().state()}}
     files = {}
     for part, name in PARTS.items():
         mine = {k.removeprefix(f"{part}/"): a for k, a in arrays.items() if k.startswith(f"{part}/")}
