@@ -223,20 +223,23 @@ class Calibration:
         ages: tuple[float, float],
     ) -> None:
         """A block has ended: count the `active` hosts by role, and their largest excesses, `best` [h, A] by group."""
+        for role, hosts in enumerate(active):
+            crowd, counted = self._crowd(now - births[hosts], ages[0], role)
+            _flush(hosts, role, crowd, IS_TARGET, best, run, last, excluded, births, now, block, ages,
+                   self.k, self.e, self.prior_b, self.n)  # fmt: skip
+            if role == 0:
+                self.lately += counted
         both = np.union1d(*active)
-        counts = []
-        for role, hosts in enumerate((*active, both)):
-            fresh = int((now - births[hosts] < ages[0]).sum())
-            least, each, part = CROWD
-            most = max(least, each * (len(hosts) - fresh), part * float(self.n[min(role, 1), 0]))
-            crowd = min(1.0, most / max(1, fresh))
-            counts.append(len(hosts) - fresh + crowd * fresh)
-            if role < 2:
-                _flush(hosts, role, crowd, IS_TARGET, best, run, last, excluded, births, now, block, ages,
-                       self.k, self.e, self.prior_b, self.n)  # fmt: skip
-        self.lately += counts[0]
-        self.hosts += round(counts[2])
+        self.hosts += round(self._crowd(now - births[both], ages[0], 1)[1])
         self.blocks += len(both) > 0
+
+    def _crowd(self, ages: F8, hour: float, role: int) -> tuple[float, float]:
+        """What each newcomer (younger than `hour`) among hosts of these ages counts, and what all of them come to."""
+        fresh = int((ages < hour).sum())
+        known = len(ages) - fresh
+        least, each, part = CROWD
+        crowd = min(1.0, max(least, each * known, part * float(self.n[role, 0])) / max(1, fresh))
+        return crowd, known + crowd * fresh
 
     @property
     def seen(self) -> int:

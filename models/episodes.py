@@ -56,6 +56,12 @@ def _order(o: Offer) -> tuple[bool, float, str, int]:
     return TABLE[o.analytic].role == "target", o.p / float(SHARE[o.analytic]), o.host, o.analytic
 
 
+def _alike(part: Part, o: Offer) -> bool:
+    """Whether a part is of the alarm's host, role and cause."""
+    a = TABLE[o.analytic]
+    return (part.host, part.role) == (o.host, a.role) and TABLE[part.analytic].family == a.family
+
+
 def _told(a: Analytic, why: Explained) -> dict[str, Any]:
     """The fields of a finding that say what was seen, in the words of the analytic that leads."""
     lead = next((b for b in TABLE if b.name == why.lead), a)
@@ -154,10 +160,10 @@ class Episodes:
 
     def _of(self, o: Offer) -> tuple[Part | None, Episode | None]:
         """The part that this alarm goes on with, and the open episode that speaks of this host, role and cause."""
-        a, best = TABLE[o.analytic], None
+        best = None
         for e in self.open:
             for part in e.parts:
-                if (part.host, part.role) != (o.host, a.role) or TABLE[part.analytic].family != a.family:
+                if not _alike(part, o):
                     continue
                 if (part.analytic, part.about) == (o.analytic, o.about):
                     return part, e
@@ -178,8 +184,7 @@ class Episodes:
         """
         if e is None:
             return None, False
-        a = TABLE[o.analytic]
-        mine = [p for p in e.parts if (p.host, p.role) == (o.host, a.role) and TABLE[p.analytic].family == a.family]
+        mine = [p for p in e.parts if _alike(p, o)]
         if any(p is not part and now_ns - p.grew_ns <= self.together_ns for p in mine):
             return None, False
         if part is not None and not part.again(now_ns, self.together_ns, self.throttle_ns):

@@ -79,7 +79,8 @@ def judge(  # type: ignore[no-untyped-def]
         if excess <= THRESHOLD:
             continue
         age, group = now - host_born[host], 3
-        record += growth(age, first_span(STEADY[a], host_born[host], step), tau[a], span[a])
+        first = first_span(STEADY[a], host_born[host], step)
+        record += growth(age, first, tau[a], span[a])
         excess = x - record
         if excess <= THRESHOLD:
             continue
@@ -94,7 +95,7 @@ def judge(  # type: ignore[no-untyped-def]
             group = 1 if age < hour else (2 if age < day else 3)
         # Who was there when the sensor started counts as new, but is judged as one who is not.
         counted = group
-        if group == 0 and first_span(STEADY[a], host_born[host], step) < step:
+        if group == 0 and first < step:
             group = 2
         if excess < enough[a, group]:
             if not held:

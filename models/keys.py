@@ -100,7 +100,6 @@ def _find_or_insert(entries: Int64, keys: Int64, time: int, done: int, count: in
                 return i, count
             count += 1
             entries[at, KEY] = keys[i]
-            entries[at, SLOT] = count
             entries[at, SLOT] = FRESH | count
         come(entries, at, time)
         slots[i] = (entries[at, SLOT] & LOWER) - 1
