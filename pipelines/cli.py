@@ -23,6 +23,7 @@ from flowsage.pipelines.options import (
     kafka_options,
     model_options,
     need_kafka,
+    need_model,
     sensor_options,
     settings_from,
 )
@@ -113,6 +114,9 @@ def run(**options: Any) -> None:
             f"name {'only one thing' if chosen else 'what'} to watch: "
             "--interface IF, --lab, --pcap FILE or --flows FILE"
         )
+    if options["attacks"] and not lab:
+        raise UsageError("--attack is what happens in the lab: it goes with --lab")
+    need_model(settings)
     if find_spec("numba") is None:
         # The model is imported only once packets are counted; without it none should be.
         raise ModuleNotFoundError(name="numba")
@@ -168,6 +172,7 @@ def collect(**options: Any) -> None:
 def replay(source: Path, **options: Any) -> None:
     """Offline, as fast as it can: a capture (pcap, pcapng) or a Parquet file of flows."""
     settings = settings_from(options)
+    need_model(settings)
     from flowsage.pipelines.replay import Outputs
     from flowsage.pipelines.replay import replay as replay_file
 

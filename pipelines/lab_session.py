@@ -11,8 +11,8 @@ from flowsage.collector.agent import Agent
 from flowsage.collector.collect import summary
 from flowsage.collector.records import FLOW_SCHEMA
 from flowsage.collector.sink import Origin, Sink
+from flowsage.pipelines.files import require_writable, write_parquet
 from flowsage.pipelines.lab import Lab, LabSettings, label_flows, run_lab
-from flowsage.pipelines.outputs import write_parquet
 from flowsage.pipelines.sensor import agent_settings
 from flowsage.pipelines.settings import Settings
 
@@ -44,6 +44,8 @@ def lab_session(
     truth: Path | None,
 ) -> None:
     """Run the lab until it is stopped; write the wire (`record`), the labelled flows (`flows`), the truth (`truth`)."""
+    for path in filter(None, (record, flows, truth)):
+        require_writable(path)
     kept = Kept()
     agents: list[Agent] = []
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from flowsage.collector.errors import UsageError
+from flowsage.collector.errors import ModelError, UsageError
 from flowsage.pipelines.config import load
 from flowsage.pipelines.settings import Settings
 
@@ -110,3 +110,13 @@ def need_kafka(settings: Settings) -> None:
     """Raises UsageError where no broker is named."""
     if not settings.kafka.bootstrap_servers:
         raise UsageError("name a broker: --kafka HOST:PORT, or kafka.bootstrap_servers in the configuration")
+
+
+def need_model(settings: Settings) -> None:
+    """Raises ModelError where a model directory is named and there is none: nobody need read or watch anything first.
+
+    What is in it is looked at where it is loaded.
+    """
+    path = Path(settings.model.directory)
+    if settings.model.directory and not path.is_dir():
+        raise ModelError(f"there is no model directory {path}; `flowsage train` makes one")

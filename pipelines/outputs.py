@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from flowsage.collector.errors import InputError
 from flowsage.models.detector import ClosedWindows
 from flowsage.models.finding import Finding
 from flowsage.models.history_scores import NAMES
+from flowsage.pipelines.files import ROW_GROUP, ParquetFile, open_for_writing, require_writable, write_parquet
 from flowsage.pipelines.findings import SEVERITIES, to_json
 from flowsage.pipelines.readable import finding_lines
 
@@ -30,7 +27,7 @@ _SHARES = ("first_meeting_tail", *NAMES, "history")
 _BLOCK = 1 << 17
 """Flows whose scores are kept in one piece."""
 
-_GROUP = 8
+_GROUP = ROW_GROUP // _BLOCK
 """Blocks of a row group."""
 
 _Block = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float32]]
@@ -45,7 +42,7 @@ class ScoreTable:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = _Parquet(path)
+        self._file = ParquetFile(path)
         self._written = 0
         """Rows that are in the file, the first ones."""
         self._blocks: list[_Block] = []
@@ -241,68 +238,3 @@ class FindingWriter:
             write_parquet(pa.Table.from_pylist(list(self._rows.values()), schema=schema), self._target)
         elif self._stream is not None and self._stream is not sys.stdout:
             self._stream.close()
-
-
-def open_for_writing(path: Path) -> IO[str]:
-    """A text file to write, or an InputError that says why not."""
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror}") from e
-
-
-def require_writable(path: Path) -> None:
-    """Raises InputError where `write_parquet` would: now, rather than when all the work is done."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.open("ab").close()
-        part.unlink()
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror}") from e
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file under its name only once it is whole."""
-    file = _Parquet(path)
-    try:
-        file.write(table)
-        file.finish()
-    finally:
-        file.close()
-
-
-class _Parquet:
-    """A Parquet file that is written table by table, under its name only once it is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._part = path, path.with_name(path.name + ".part")
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, table: pa.Table) -> None:
-        """Add rows, at least one row group of them. Raises InputError where they cannot be written."""
-        with self._told():
-            self._writer = self._writer or pq.ParquetWriter(self._part, table.schema, compression="zstd")
-            self._writer.write_table(table, row_group_size=_GROUP * _BLOCK)
-
-    def finish(self) -> None:
-        """It is whole."""
-        assert self._writer is not None
-        with self._told():
-            self._writer.close()
-            self._part.replace(self._path)
-        self._writer = None
-
-    def close(self) -> None:
-        """Take away what is not whole."""
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.close()
-            self._part.unlink(missing_ok=True)
-            self._writer = None
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            raise InputError(f"cannot write {self._path}: {e.strerror or e}") from e

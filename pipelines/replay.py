@@ -18,6 +18,7 @@ from flowsage.collector.feed import CaptureFeed, capture_settings
 from flowsage.collector.ledger import Snapshot
 from flowsage.collector.program import FlowProgram
 from flowsage.collector.records import FLOW_SCHEMA, merge_same_flow
+from flowsage.pipelines.files import require_writable
 from flowsage.pipelines.sensor import flow_settings
 from flowsage.pipelines.settings import Settings
 
@@ -182,7 +183,7 @@ class ScoredRun:
     """A scorer whose scores, host-windows and findings are written to files."""
 
     def __init__(self, settings: Settings, outputs: Outputs, *, as_json: bool) -> None:
-        from flowsage.pipelines.outputs import FindingWriter, HostTableWriter, ScoreTable, require_writable
+        from flowsage.pipelines.outputs import FindingWriter, HostTableWriter, ScoreTable
         from flowsage.pipelines.scorer import Scorer
 
         self._outputs = outputs

@@ -19,7 +19,9 @@ import click
 
 from flowsage.collector.agent import Agent
 from flowsage.collector.collect import stopped_by_signals, summary
+from flowsage.collector.interface import require_ethernet
 from flowsage.collector.publish import Publisher
+from flowsage.pipelines.files import require_writable
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
 from flowsage.pipelines.metrics import Metrics, Value
@@ -114,8 +116,19 @@ def run_live(
     findings: Path | str,
     as_json: bool,
 ) -> None:
-    """Watch interfaces (or the lab's) until SIGINT, SIGTERM or `duration_s`."""
+    """Watch interfaces (or the lab's) until SIGINT, SIGTERM or `duration_s`.
+
+    What is wrong with what was asked for is raised before anything is taken: a port, a place in the kernel.
+    """
     started = time.monotonic()
+    if lab:
+        from flowsage.pipelines.lab.lab import read_schedule
+
+        schedule = read_schedule(",".join(attacks or DEFAULT_ATTACKS), settings.model.seed)
+    for name in settings.sensor.interfaces:
+        require_ethernet(name)
+    if str(findings) != "-":
+        require_writable(Path(findings))
     metrics = Metrics()
     with ExitStack() as stack:
         stopped = threading.Event()
@@ -150,9 +163,7 @@ def run_live(
         scoring = LiveScoring(settings, log, writer, metrics)
         metrics.add(scoring.snapshot)
         if lab:
-            from flowsage.pipelines.lab.lab import parse_schedule
-
-            for entry in network.run_schedule(parse_schedule(",".join(attacks or DEFAULT_ATTACKS))):
+            for entry in network.run_schedule(schedule):
                 say(f"lab: {entry.attack} in {entry.after_s:g} s")
         progress = threading.Thread(target=_progress, args=(agent, scoring, stopped, started), daemon=True)
         progress.start()

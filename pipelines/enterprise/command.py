@@ -8,8 +8,8 @@ import click
 
 from flowsage.collector.errors import ConfigurationError, UsageError
 from flowsage.pipelines.enterprise.simulate import Simulation, simulate
+from flowsage.pipelines.files import require_writable, write_parquet
 from flowsage.pipelines.lab.truth import write_truth
-from flowsage.pipelines.outputs import require_writable, write_parquet
 
 
 def write_simulation(

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from flowsage.pipelines.lab.lab import Lab, LabSettings, Scheduled
+from flowsage.pipelines.lab.lab import Lab, LabSettings, Scheduled, read_schedule
 from flowsage.pipelines.lab.truth import Truth
 
 
@@ -39,8 +39,9 @@ def run_lab(
 
     `record` is a pcap file of everything that crosses the bridge. `on_started` is called with the running lab (to
     attach a sensor, say), `on_ending` while its interfaces still exist (to flush and detach it). Call from the main
-    thread. Returns the truth about every misbehaviour.
+    thread. Returns the truth about every misbehaviour. Raises what `read_schedule` does before anything is built.
     """
+    entries = read_schedule(schedule, settings.seed)
     stream = out or sys.stderr
     over = threading.Event()
 
@@ -61,7 +62,7 @@ def run_lab(
         if record is not None:
             recording = stack.enter_context(lab.record(record))
             say(f"recording to {record}")
-        for entry in lab.run_schedule(schedule) if schedule else ():
+        for entry in lab.run_schedule(entries):
             say(f"  {entry.attack} at {entry.after_s:g} s")
         if on_started is not None:
             on_started(lab)

@@ -80,6 +80,17 @@ def parse_schedule(text: str) -> list[Scheduled]:
     return sorted(entries, key=lambda entry: entry.after_s)
 
 
+def read_schedule(schedule: str | Sequence[Scheduled], seed: int) -> list[Scheduled]:
+    """The misbehaviours of a schedule, all of which a lab of this seed can play.
+
+    Raises UsageError where it cannot be read or names what does not exist, FlowsageError where nmap is missing.
+    """
+    entries = parse_schedule(schedule) if isinstance(schedule, str) else list(schedule)
+    for entry in entries:
+        prepare(entry.attack, entry.attacker, seed, {})
+    return entries
+
+
 class Lab:
     """Hosts on a bridge, alive from `start` to `stop` (or in a `with` block).
 
@@ -228,11 +239,9 @@ class Lab:
     def run_schedule(self, schedule: str | Sequence[Scheduled]) -> list[Scheduled]:
         """Let misbehaviours start by themselves, so many seconds after the lab's start. Returns the schedule as read.
 
-        Raises UsageError where it cannot be read or names what does not exist, FlowsageError where nmap is missing.
+        Raises what `read_schedule` does.
         """
-        entries = parse_schedule(schedule) if isinstance(schedule, str) else list(schedule)
-        for entry in entries:
-            prepare(entry.attack, entry.attacker, self.settings.seed, {})
+        entries = read_schedule(schedule, self.settings.seed)
         began = (self.started_ns or time.time_ns()) / 1e9
         orders = [{"at": began + e.after_s, "attack": e.attack, "attacker": e.attacker} for e in entries]
         self._send(do="schedule", entries=orders)

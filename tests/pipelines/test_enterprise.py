@@ -1,5 +1,7 @@
 """The simulated enterprise: deterministic, shaped as flow files are, with its truth."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -76,6 +78,15 @@ def test_the_command_writes_flows_and_truth(tmp_path: Path) -> None:
     assert sum(len(t.steps) for t in read_truth(truth)) == sum(rows.column("label").to_pylist())
     refused = CliRunner().invoke(main, ["lab", "--simulate", str(out), "--attack", "5:scan"])
     assert refused.exit_code == 2
+
+
+def test_the_command_needs_no_model(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(numba=None, torch=None); from flowsage.pipelines.cli import main; "
+        f"main(['lab', '--simulate', {str(tmp_path / 'e.parquet')!r}, '--days', '0.2', '--hosts', '40'])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert len(pq.read_table(tmp_path / "e.parquet")) > 1_000
 
 
 def test_what_cannot_be_simulated_is_refused() -> None:

@@ -12,8 +12,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from flowsage.collector.errors import ConfigurationError, FlowsageError, UsageError
+from flowsage.pipelines.cli import main
 from flowsage.pipelines.lab import ATTACKS, Lab, LabSettings, Scheduled, parse_schedule, run_lab
 from flowsage.pipelines.lab.attacks import RUNS
 from flowsage.pipelines.lab.network import namespaces, processes_in
@@ -172,6 +174,17 @@ def test_the_command_plays_its_schedule_and_stops_on_a_signal(tmp_path: Path) ->
     assert packets_of(tmp_path / "lab.pcap")
     assert remains("fslbc") == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_schedule_that_cannot_be_played_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    truth = tmp_path / "truth.jsonl"
+    done = CliRunner().invoke(main, ["lab", "--attack", "10:foo", "--truth", str(truth), "--duration", "1"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"flowsage: no misbehaviour is called 'foo': choose from {', '.join(ATTACKS)}\n"
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="no host of the lab is called 'nobody'"):
+        run_lab(LabSettings(truth_path=truth), schedule="1:worm@nobody")
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_root

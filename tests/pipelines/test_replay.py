@@ -195,6 +195,12 @@ def test_a_capture_cut_in_a_packet_gives_what_is_whole_and_exits_with_1(tmp_path
         (["collect", "--interface", "absent0"], 1, "absent0"),
         (["run", "--interface", "absent0", "--no-metrics"], 1, "absent0"),
         (["run", "--nonsense"], 2, "--nonsense"),
+        (["run", "--interface", "lo", "--attack", "5:scan"], 2, "it goes with --lab"),
+        (["run", "--interface", "lo", "--model", "absent"], 1, "there is no model directory absent"),
+        (["run", "--interface", "lo", "--findings", "/absent/f"], 1, "cannot write /absent/f"),
+        (["run", "--lab", "--attack", "10:foo"], 2, "no misbehaviour is called 'foo': choose from scan, "),
+        (["lab", "--attack", "foo@10"], 2, "write SECONDS:ATTACK"),
+        (["lab", "--flows", "/absent/f"], 1, "cannot write /absent/f"),
         (["lab", "--simulate", "s", "--days", "0"], 2, "days must be above 0"),
         (["watch", "--kafka", "127.0.0.1:1", "--severity", "awful"], 2, "there is no severity 'awful'"),
     ],
@@ -239,6 +245,26 @@ def test_a_metrics_port_in_use_is_one_sentence() -> None:
         done = flowsage("run", "--interface", "lo", "--metrics-port", port, code=1)
     assert f"cannot serve metrics on 127.0.0.1:{port}" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_wrong_interface_is_told_before_a_port_that_is_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = flowsage("run", "--interface", "absent0", "--metrics-port", taken.getsockname()[1], code=1)
+    assert done.stderr.startswith("flowsage: there is no interface 'absent0' here")
+
+
+def test_a_model_that_is_not_there_is_told_before_the_file_is_read(scanned: Path, tmp_path: Path) -> None:
+    """Nor is the file of findings emptied that is there."""
+    kept, absent = tmp_path / "f.jsonl", tmp_path / "absent"
+    kept.write_text("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowsage.pipelines.replay.kind_of", lambda _: pytest.fail("it has begun to read"))
+        done = CliRunner().invoke(main, ["replay", str(scanned), "--model", str(absent), "--findings", str(kept)])
+    assert done.exit_code == 1
+    assert done.stderr == f"flowsage: there is no model directory {absent}; `flowsage train` makes one\n"
+    assert kept.read_text() == "kept"
 
 
 def test_an_unknown_configuration_key_ends_with_78(tmp_path: Path) -> None:
