@@ -6,7 +6,7 @@ Commands import what they need when they run, so that a sensor needs no torch an
 from __future__ import annotations
 
 import sys
-from datetime import UTC
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import click
 
 from flowsage.collector.errors import FlowsageError, UsageError
 from flowsage.pipelines.options import (
+    DAY,
     EXISTING,
     FOLDER,
     MOMENT,
     TARGET,
     config_options,
+    duration,
+    duration_option,
     kafka_options,
     model_options,
     need_kafka,
@@ -89,7 +92,13 @@ def main() -> None:
 @model_options
 @config_options
 @click.option("--lab", is_flag=True, help="watch a small network of real hosts in namespaces, with a scan in it")
-@click.option("--attack", "attacks", multiple=True, metavar="SECONDS:NAME", help="with --lab: what happens when")
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    metavar="WHEN:NAME",
+    help="with --lab: such as 75:scan or 2m:worm",
+)
 @click.option("--pcap", type=EXISTING, help="send a capture through the XDP program, by its own clock")
 @click.option("--flows", type=EXISTING, help="a Parquet file of flows")
 @click.option(
@@ -99,7 +108,7 @@ def main() -> None:
     help="where findings go: FILE or - (stdout)",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON lines even where stdout is a terminal")
-@click.option("--duration", type=float, help="stop after so many seconds")
+@duration_option
 @click.option("--metrics-port", type=int, help="port of /metrics (default 9436)")
 @click.option("--no-metrics", is_flag=True, help="without the HTTP endpoint")
 def run(**options: Any) -> None:
@@ -134,7 +143,7 @@ def run(**options: Any) -> None:
 @kafka_options
 @config_options
 @click.option("-o", "--output", help="a folder for Parquet files, or - for lines (default: Kafka, if named, else -)")
-@click.option("--duration", type=float, help="stop after so many seconds")
+@duration_option
 @click.option("--name", help="of the sensor (default: the host's)")
 @click.option("--no-pin", is_flag=True, help="the program ends with this process; otherwise it survives a kill")
 @click.option("--keep-privileges", is_flag=True, default=None, help="do not give up capabilities after attaching")
@@ -230,12 +239,19 @@ def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
 
 @main.command()
 @config_options
-@click.option("--attack", "attacks", multiple=True, metavar="SECONDS:NAME", help="what happens when; repeat")
-@click.option("--duration", type=float, help="stop after so many seconds")
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    metavar="WHEN:NAME",
+    help="such as 75:scan or 2m:worm; repeat",
+)
+@duration_option
 @click.option("--record", type=TARGET, help="record the wire as a capture")
 @click.option("--flows", type=TARGET, help="record labelled flows (Parquet)")
 @click.option("--truth", type=TARGET, help="write what really happened (JSON lines)")
 @click.option("--simulate", type=TARGET, help="no hosts: write labelled flows of a simulated enterprise (Parquet)")
+@click.option("--start", type=DAY, help="with --simulate: its first day, such as 2026-01-05, the default (a Monday)")
 @click.option("--days", type=float, default=4.0, show_default=True, help="with --simulate: how long")
 @click.option("--hosts", type=int, default=300, show_default=True, help="with --simulate: how many hosts it has")
 @click.option("--repeats", type=int, default=2, show_default=True, help="with --simulate: attacks of each kind")
@@ -243,19 +259,28 @@ def train(flows: tuple[Path, ...], into: Path, **options: Any) -> None:
 def lab(**options: Any) -> None:
     """A small network of real hosts in namespaces: services, clients, and on request misbehaviour.
 
-    With --simulate a far larger one that exists only as flows.
+    Misbehaviour: scan, slow-scan, worm, guess, beacon, exfil, flood; WHEN:NAME@HOST lets another host do it.
+    With --simulate a far larger network that exists only as flows.
     """
     settings = settings_from(options, LAB_DEFAULTS)
     if options["simulate"]:
+        start: datetime | None = options["start"]
         if options["attacks"] or options["record"] or options["flows"] or options["duration"]:
             raise UsageError("--simulate writes flows of --days days; it has no wire to record and no schedule")
         from flowsage.pipelines.enterprise.command import write_simulation
 
         write_simulation(
-            options["simulate"], days=options["days"], hosts=options["hosts"], repeats=options["repeats"],
-            seed=settings.model.seed, truth=options["truth"],
-        )  # fmt: skip
+            options["simulate"],
+            start=start.date() if start else None,
+            days=options["days"],
+            hosts=options["hosts"],
+            repeats=options["repeats"],
+            seed=settings.model.seed,
+            truth=options["truth"],
+        )
         return
+    if options["start"]:
+        raise UsageError("--start is the first day of --simulate; hosts of the lab live now")
     from flowsage.pipelines.lab_session import lab_session
 
     lab_session(
@@ -275,7 +300,7 @@ def lab(**options: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="with --create: only say what would be done")
 @click.option("--partitions", type=click.IntRange(1), help="sites scored apart, at most; default: as it is, or 8")
 @click.option("--replication", type=click.IntRange(1), help="replicas; default: 3, or as many brokers as there are")
-@click.option("--timeout", type=float, default=30.0, show_default=True, help="seconds to wait for the brokers")
+@click.option("--timeout", type=duration, default="30s", show_default=True, help="how long to wait for the brokers")
 def topics(**options: Any) -> None:
     """Look after the topics in Kafka: make them, and say what is not as it should be."""
     settings = settings_from(options)
@@ -294,7 +319,7 @@ def topics(**options: Any) -> None:
 @model_options
 @config_options
 @click.option("--state", help="folder or URL (s3://bucket/path) where what was learnt is kept, for whoever goes on")
-@click.option("--duration", type=float, help="stop after so many seconds")
+@duration_option
 @click.option("--metrics-port", type=int, help="port of /metrics (default 9436)")
 @click.option("--no-metrics", is_flag=True, help="without the HTTP endpoint")
 def score(**options: Any) -> None:

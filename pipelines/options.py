@@ -12,13 +12,26 @@ import click
 
 from flowsage.collector.errors import ModelError, UsageError
 from flowsage.pipelines.config import load
+from flowsage.pipelines.quantities import seconds
 from flowsage.pipelines.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXISTING = click.Path(path_type=Path)
 TARGET = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+DAY = click.DateTime(["%Y-%m-%d"])
 MOMENT = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"])
+
+
+def duration(value: str) -> float:
+    """A duration in the forms that the configuration knows ("300", "5m", "250ms"), as seconds: a type of click's.
+
+    Refuses (exit code 2) what is none.
+    """
+    try:
+        return seconds(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def config_options(command: F) -> F:
@@ -51,8 +64,8 @@ def sensor_options(command: F) -> F:
 def model_options(command: F) -> F:
     """What concerns windows, model and alarms."""
     for option in (
-        click.option("--window", help="window, such as 60s"),
-        click.option("--pane", help="pane, such as 10s"),
+        click.option("--window", type=duration, help="window, such as 60s or 5m"),
+        click.option("--pane", type=duration, help="pane, such as 10s"),
         click.option("--budget", type=float, help="false findings a day per 100 hosts that you accept"),
         click.option("--undirected", is_flag=True, default=None, help="the flows' direction is not known"),
         click.option("--model", "directory", type=FOLDER, help="model directory to start from, and to watch"),
@@ -104,6 +117,11 @@ def settings_from(options: dict[str, Any], defaults: dict[str, dict[str, Any]] |
     if show or check:
         raise click.exceptions.Exit(0)
     return settings
+
+
+def duration_option(command: F) -> F:
+    """--duration, of every command that otherwise goes on until it is stopped."""
+    return click.option("--duration", type=duration, help="stop after so long: 300 (seconds), 90s, 5m, 2h")(command)
 
 
 def need_kafka(settings: Settings) -> None:

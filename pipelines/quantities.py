@@ -23,10 +23,17 @@ def _scaled(value: object, units: dict[str, int], example: str) -> object:
     return round(float(found[1]) * units[found[2]])
 
 
+def seconds(text: str) -> float:
+    """ "300" or "5m" as seconds. Raises ValueError for anything else."""
+    scaled = _duration(text)
+    assert isinstance(scaled, int)
+    return scaled / SECOND
+
+
 def _duration(value: object) -> object:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return round(value * 10**9)
-    return _scaled(value, {"": 10**9, **_UNITS_NS}, '"15s" (ms, s, m, h, d)')
+    return _scaled(value, {"": 10**9, **_UNITS_NS}, '"15s" (ms, s, m, h, d; a bare number is seconds)')
 
 
 def _size(value: object) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -12,19 +13,19 @@ import click
 from flowsage.collector.collect import stopped_by_signals
 from flowsage.collector.errors import ConfigurationError, UsageError
 from flowsage.pipelines.kafka import KafkaLog
+from flowsage.pipelines.quantities import seconds
 from flowsage.pipelines.readable import finding_lines
 from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.subscription import DetectionFinding, Subscription
-
-UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def since_of(text: str | None, now: datetime) -> datetime | Literal["earliest", "now"]:
     """ "2h" (ago), "2026-11-24T12:00", "earliest", or None for now. Raises UsageError for anything else."""
     if text is None or text in ("now", "earliest"):
         return "now" if text in (None, "now") else "earliest"
-    if ago := re.fullmatch(r"(\d+)\s*([smhd])", text):
-        return now - timedelta(seconds=int(ago[1]) * UNITS_S[ago[2]])
+    if re.fullmatch(r"[\d.]+\s*[a-z]+", text):
+        with suppress(ValueError):
+            return now - timedelta(seconds=seconds(text))
     try:
         at = datetime.fromisoformat(text)
     except ValueError as error:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import click
 
 from flowsage.collector.errors import ConfigurationError, UsageError
-from flowsage.pipelines.enterprise.simulate import Simulation, simulate
+from flowsage.pipelines.enterprise.simulate import MONDAY, Simulation, simulate
 from flowsage.pipelines.files import require_writable, write_parquet
 from flowsage.pipelines.lab.truth import write_truth
 
 
 def write_simulation(
-    path: Path, *, days: float, hosts: int, repeats: int, seed: int, truth: Path | None = None
+    path: Path,
+    *,
+    days: float,
+    hosts: int,
+    repeats: int,
+    seed: int,
+    start: date | None = None,
+    truth: Path | None = None,
 ) -> None:
-    """Simulate and write the flows to `path`, the truth to `truth`; a summary goes to stderr."""
+    """Simulate and write the flows to `path`, the truth to `truth`; a summary goes to stderr.
+
+    start   the first day; None: a Monday, the same each time
+    """
     try:
-        wanted = Simulation(days=days, hosts=hosts, repeats=repeats, seed=seed)
+        wanted = Simulation(start=start or MONDAY, days=days, hosts=hosts, repeats=repeats, seed=seed)
     except ConfigurationError as error:
         raise UsageError(str(error)) from error
-    require_writable(path)
+    for target in filter(None, (path, truth)):
+        require_writable(target)
     table, truths = simulate(wanted)
     write_parquet(table, path)
     if truth is not None:

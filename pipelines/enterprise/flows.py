@@ -20,6 +20,10 @@ STATES = ("SF", "S0", "REJ", "S1", "OTH")
 """Zeek's conn_state: established and finished, unanswered, refused, established and never finished, no handshake."""
 ESTABLISHED, UNANSWERED, REFUSED, OPEN, OTHER = range(len(STATES))
 
+DAY_NS = 86_400 * 10**9
+EPOCH = 3
+"""1 January 1970 was a Thursday; Monday is 0."""
+
 SEGMENT = 1_200.0
 """Bytes that a packet of a longer transfer carries."""
 
@@ -47,6 +51,10 @@ class Flows:
     def latest(self, since: int) -> float:
         """The last start, s, among the parts from number `since` on; -inf if there is none."""
         return max((float(part[0].max()) for part in self._parts[since:]), default=-np.inf)
+
+    def weekend(self, day: int) -> bool:
+        """Whether the day of this number, the first being 0, is a Saturday or a Sunday."""
+        return (self.begin_ns // DAY_NS + day + EPOCH) % 7 >= 5
 
     def host(self, name: str) -> int:
         """The number of the host of this name."""

@@ -22,13 +22,14 @@ FAILS = 0.006
 class Work:
     """Sessions of people at their machines: `who` i8[n] (index of the workstation), `begin` and `length` s."""
 
-    def __init__(self, net: Network, rng: np.random.Generator, span_s: float) -> None:
+    def __init__(self, f: Flows, net: Network, span_s: float) -> None:
+        rng = f.rng
         days = int(np.ceil(span_s / DAY))
         who, begin, length = [], [], []
         people = len(net.stations)
         usual = rng.normal(8.4, 0.9, people)
         for day in range(days):
-            weekend = day % 7 >= 5
+            weekend = f.weekend(day)
             there = np.flatnonzero(rng.random(people) < (0.06 if weekend else 0.92))
             count = rng.poisson(2.0 if weekend else 7.0, len(there)) + 1
             one = np.repeat(there, count)

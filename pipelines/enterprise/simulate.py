@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, time
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,21 @@ from flowsage.pipelines.enterprise.flows import Flows, Ints
 from flowsage.pipelines.enterprise.network import DAY, Network, build
 from flowsage.pipelines.lab.truth import Step, Truth
 
-BEGIN_NS = 1_767_571_200 * 10**9
-"""Monday, 5 January 2026, midnight UTC."""
+MONDAY = date(2026, 1, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
     """What to simulate.
 
-    days     from Monday midnight on; the sixth and seventh day are a weekend
+    start    the first day, from midnight UTC on; Saturdays and Sundays are weekends
+    days     how long it goes on
     hosts    internal hosts, workstations and servers
     repeats  attacks of each kind, spread over working hours of the time after `quiet` (a share of all)
     attacks  the kinds, of ATTACKS
     """
 
+    start: date = MONDAY
     days: float = 4.0
     hosts: int = 300
     seed: int = 0
@@ -55,9 +57,10 @@ def simulate(settings: Simulation) -> tuple[pa.Table, list[Truth]]:
     Deterministic: the same settings give the same table.
     """
     span = settings.days * DAY
-    f = Flows(np.random.default_rng([settings.seed, 6]), BEGIN_NS)
+    begin = datetime.combine(settings.start, time(), UTC)
+    f = Flows(np.random.default_rng([settings.seed, 6]), round(begin.timestamp()) * 10**9)
     net = build(f, settings.hosts, span)
-    work = habits.Work(net, f.rng, span)
+    work = habits.Work(f, net, span)
     habits.people(f, net, work)
     habits.machines(f, net, work, span)
     habits.servers(f, net, work, span)
@@ -75,19 +78,19 @@ def intruders(f: Flows, net: Network, settings: Simulation, span_s: float) -> No
     settled = np.flatnonzero(net.joins <= 0.5 * settings.quiet * span_s)
     chosen = np.resize(rng.permutation(settled), len(kinds))
     for kind, who in zip(rng.permutation(kinds).tolist(), chosen.tolist(), strict=True):
-        begin = _working_hour(rng, settings.quiet * span_s, span_s)
+        begin = _working_hour(f, settings.quiet * span_s, span_s)
         i = f.attack(f"{kind}#{count[kind]}")
         count[kind] += 1
         ATTACKS[kind](f, _scene(f, net, who, begin, span_s), i)
 
 
-def _working_hour(rng: np.random.Generator, first_s: float, last_s: float) -> float:
+def _working_hour(f: Flows, first_s: float, last_s: float) -> float:
     """A moment between nine and four of a weekday, of which there is left at least an hour if that can be."""
     for _ in range(1_000):
-        at = float(rng.uniform(first_s, max(first_s, last_s - HOUR)))
-        if int(at // DAY) % 7 < 5 and 9 * HOUR <= at % DAY < 16 * HOUR:
+        at = float(f.rng.uniform(first_s, max(first_s, last_s - HOUR)))
+        if not f.weekend(int(at // DAY)) and 9 * HOUR <= at % DAY < 16 * HOUR:
             return at
-    return float(rng.uniform(first_s, max(first_s, last_s - HOUR)))
+    return float(f.rng.uniform(first_s, max(first_s, last_s - HOUR)))
 
 
 def _scene(f: Flows, net: Network, who: int, begin_s: float, span_s: float) -> Scene:

@@ -28,6 +28,7 @@ from flowsage.pipelines.lab.misbehaviour import prepare
 from flowsage.pipelines.lab.plan import HOSTS
 from flowsage.pipelines.lab.record import Recording
 from flowsage.pipelines.lab.truth import Truth, from_json, read_truth
+from flowsage.pipelines.quantities import seconds
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
@@ -70,13 +71,20 @@ class Scheduled(NamedTuple):
 
 
 def parse_schedule(text: str) -> list[Scheduled]:
-    """ "75:scan,150:worm@office1" as a list. Raises UsageError for anything else."""
+    """ "75:scan,2m:worm@office1" as a list. Raises UsageError for anything else."""
     entries = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?):([a-z-]+)(?:@([a-z0-9]+))?", part)
-        if not found:
-            raise UsageError(f"cannot read {part!r} in the schedule: write SECONDS:ATTACK or SECONDS:ATTACK@HOST")
-        entries.append(Scheduled(float(found[1]), found[2], found[3]))
+        found = re.fullmatch(r"([^:]+):([a-z-]+)(?:@([a-z0-9]+))?", part)
+        try:
+            after = seconds(found[1]) if found else None
+        except ValueError:
+            after = None
+        if found is None or after is None:
+            raise UsageError(
+                f"cannot read {part!r} in the schedule: write WHEN:ATTACK or WHEN:ATTACK@HOST, such as 75:scan or "
+                "2m:worm@office1"
+            )
+        entries.append(Scheduled(after, found[2], found[3]))
     return sorted(entries, key=lambda entry: entry.after_s)
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,20 @@ def test_people_work_by_day_and_new_ones_join() -> None:
     late = sum(t > table.column("start_ns")[0].as_py() + DAY_NS for s, t in first.items() if s.startswith("10."))
     assert late >= 1
     assert sum(table.column("label").to_pylist()) == 0
+
+
+def test_the_week_is_that_of_the_day_it_starts_on(tmp_path: Path) -> None:
+    out = tmp_path / "e.parquet"
+    arguments = ["lab", "--simulate", str(out), "--days", "3", "--hosts", "40", "--repeats", "0"]
+    assert CliRunner().invoke(main, [*arguments, "--start", "2026-02-28"]).exit_code == 0  # a Saturday
+    table = pq.read_table(out)
+    start = table.column("start_ns").to_numpy()
+    assert datetime.fromtimestamp(start[0] / 1e9, UTC).strftime("%Y-%m-%d %H") == "2026-02-28 00"
+    people = np.array([s.startswith("10.1.") for s in table.column("src_ip").to_pylist()])
+    by_day = np.bincount((start[people] - start[0]) // DAY_NS, minlength=3)
+    assert by_day[2] > 2 * by_day[:2].max()
+    assert CliRunner().invoke(main, [*arguments, "--start", "Saturday"]).exit_code == 2
+    assert CliRunner().invoke(main, ["lab", "--start", "2026-02-28"]).exit_code == 2
 
 
 def test_the_command_writes_flows_and_truth(tmp_path: Path) -> None:

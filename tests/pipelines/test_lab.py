@@ -202,13 +202,17 @@ def test_settings_that_cannot_be_are_refused(settings: LabSettings) -> None:
 
 def test_every_misbehaviour_has_a_way_to_be_done() -> None:
     assert set(ATTACKS) == set(RUNS)
+    assert f"Misbehaviour: {', '.join(ATTACKS)};" in " ".join(
+        CliRunner().invoke(main, ["lab", "--help"]).output.split()
+    )
     assert len({attack.attacker for attack in ATTACKS.values()}) == len(ATTACKS)
 
 
 def test_a_schedule_is_read_in_order_of_time() -> None:
-    assert parse_schedule("150:worm@office1, 75:scan") == [
+    assert parse_schedule("2.5m:worm@office1, 75:scan") == [
         Scheduled(75, "scan"),
         Scheduled(150, "worm", "office1"),
     ]
-    with pytest.raises(UsageError, match="SECONDS:ATTACK"):
-        parse_schedule("scan@75")
+    for wrong in ("scan@75", "soon:scan", "5parsecs:scan"):
+        with pytest.raises(UsageError, match="WHEN:ATTACK"):
+            parse_schedule(wrong)

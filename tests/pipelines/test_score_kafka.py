@@ -522,5 +522,6 @@ def test_a_group_of_subscribers_goes_on_where_it_was(broker: Broker, undisturbed
 def test_times_are_told_by_how_long_ago_or_by_the_clock() -> None:
     now = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
     assert since_of("2h", now) == datetime(2026, 11, 24, 10, 0, tzinfo=UTC)
+    assert since_of("1.5d", now) == datetime(2026, 11, 23, 0, 0, tzinfo=UTC)
     assert since_of("2026-11-24T09:30", now) == datetime(2026, 11, 24, 9, 30, tzinfo=UTC)
     assert (since_of(None, now), since_of("earliest", now)) == ("now", "earliest")
