@@ -81,6 +81,18 @@ class Alarms:
         return self.calibration.readiness(self.config.ready_blocks, self.config.ready_host_blocks)
 
     @property
+    def expected_ns(self) -> int | None:
+        """When they are likely to be ready; None: they are, or nobody knows."""
+        c, active = self.config, sum(map(len, self._active[0]))
+        left = self.calibration.blocks_left(c.ready_blocks, c.ready_host_blocks, active)
+        return (self._block + left) * self._block_ns if left and self._block >= 0 else None
+
+    @property
+    def grown(self) -> float:
+        """Part of the budget that is in force, 0 to 1."""
+        return self.calibration.grown(self.config.settle_ns / self.config.block_ns)
+
+    @property
     def tried(self) -> bool:
         """Whether a block of this network has been seen; before, only what is in `analytics.FIRST` is raised."""
         return self._now >= self._block_ns / 1e9 and self.calibration.blocks >= 1

@@ -13,6 +13,7 @@ left out of k and E.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numba
@@ -252,11 +253,25 @@ class Calibration:
         ready = self.blocks >= blocks_needed and seen >= host_blocks_needed
         if ready:
             return Readiness(True, f"ready, calibrated on {seen:,} host-blocks")
-        return Readiness(
-            False,
-            f"not ready: {self.blocks} of {blocks_needed} blocks and {seen} of {host_blocks_needed} host-blocks "
-            "of calibration seen",
-        )
+        parts = ((self.blocks, blocks_needed, "blocks"), (seen, host_blocks_needed, "host-blocks"))
+        missing = " and ".join(f"{there} of {needed} {what}" for there, needed, what in parts if there < needed)
+        return Readiness(False, f"not ready: {missing} of calibration seen")
+
+    def blocks_left(self, blocks_needed: int, host_blocks_needed: int, active: int) -> int | None:
+        """Blocks until it is ready, the one that goes on included, if those to come are as busy as those so far.
+
+        active: sources of the block that goes on, which stand for all while it is the first. None: nothing is known.
+        """
+        each = self.seen / self.blocks if self.blocks else float(active)
+        hosts = max(0, host_blocks_needed - self.seen)
+        if hosts and not each:
+            return None
+        return max(0, blocks_needed - self.blocks, math.ceil(hosts / each) if hosts else 0)
+
+    def grown(self, settled: float) -> float:
+        """Part of the budget that is in force: what is first seen on the first day may happen every day, so it grows
+        until `settled` blocks have been seen."""
+        return max(YOUNG, min(1.0, self.blocks / settled if settled > 0 else 1.0))
 
     def allowed(
         self, budget: float, least: float, blocks_a_day: float, settled: float = 0.0, untried: int = 0
@@ -264,13 +279,13 @@ class Calibration:
         """Largest p of a host in a block that keeps to `budget` false findings a day per 100 hosts that open flows.
 
         Hosts that are only spoken to can be named too, so they share that budget. A network may have `least` a day from
-        a budget of `USUAL` on, and in proportion below. What is seen for the first time on the first day may happen
-        every day, so the budget grows until `settled` blocks have been seen. In the first block, `untried` is how many
-        hosts have opened flows so far; whom they open them to may be nobody, so as many others are taken to be there.
+        a budget of `USUAL` on, and in proportion below; all of it grows (`grown`). In the first block, `untried` is how
+        many hosts have opened flows so far; whom they open them to may be nobody, so as many others are taken to be
+        there.
         """
         both = max(1.0, self.hosts / max(1, self.blocks))
         sources = max(1.0, float(self.n[0].sum()) / max(1, self.blocks))
-        young = max(YOUNG, min(1.0, self.blocks / settled if settled > 0 else 1.0))
+        young = self.grown(settled)
         if untried:
             sources, both, young = float(untried), 2.0 * untried, YOUNG * UNTRIED
         return young * max(budget / 100.0 * sources, least * min(1.0, budget / USUAL)) / both / blocks_a_day

@@ -1,8 +1,9 @@
-"""Quantities as people write them: durations "250ms", "15s", "2m", "1h", sizes "64MiB", lists "eth0,eth1"."""
+"""Quantities as people write them: durations "250ms", "15s", "2m", "1h", sizes "64MiB", lists "eth0,eth1", moments."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -28,6 +29,11 @@ def seconds(text: str) -> float:
     scaled = _duration(text)
     assert isinstance(scaled, int)
     return scaled / SECOND
+
+
+def moment(unix_s: float) -> str:
+    """Unix time as "2026-01-05 09:30:00 UTC"."""
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _duration(value: object) -> object:

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from flowsage.models.meeting_config import MeetingConfig
 from flowsage.pipelines.findings import SEVERITIES, version
 from flowsage.pipelines.metrics import Value
 from flowsage.pipelines.model import ModelDirectory
+from flowsage.pipelines.quantities import moment
 from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.sources import Step, joined, whole_windows
 
@@ -216,7 +216,7 @@ class Scorer:
         """Those that the model has not learnt from: the others would be nothing new to it."""
         fresh = np.flatnonzero(flows.start_ns >= self.known_until_ns)
         if not self.counters.known:
-            until = datetime.fromtimestamp(self.known_until_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            until = moment(self.known_until_ns / 1e9)
             logger.warning("the model has learnt everything up to %s; flows before that are not scored", until)
         self.counters.known += len(flows) - len(fresh)
         return flows.take(fresh)
@@ -255,6 +255,11 @@ class Scorer:
         graph = "off" if prior is None else f"not ready: {prior.waiting}" if prior.waiting else "ready"
         return f"graph {graph}; alarms {readiness.reason}"
 
+    def expected(self) -> str:
+        """When the alarms are likely to be ready, in words that go after `standing`; empty where that is not known."""
+        at = self.detector.alarms.expected_ns
+        return f", ready at about {moment(at / 1e9)}" if at else ""
+
 
 def no_flows() -> FlowBatch:
     """A batch of none."""
@@ -262,7 +267,7 @@ def no_flows() -> FlowBatch:
 
 
 def scoring_metrics(scorers: Sequence[Scorer]) -> dict[str, Value]:
-    """Windows, history, graph and alarms, for the table of metrics: sums, and of what is ready the least."""
+    """Windows, history, graph and alarms, for the table of metrics: sums, and of what is ready the least or latest."""
     values: dict[str, Value] = {"flowsage_build": {version(): 1.0}}
     told = [_metrics(scorer) for scorer in scorers]
     for name in dict.fromkeys(n for each in told for n in each):
@@ -272,19 +277,22 @@ def scoring_metrics(scorers: Sequence[Scorer]) -> dict[str, Value]:
             values[name] = {k: sum(p.get(k, 0) for p in parts if isinstance(p, Mapping)) for k in labels}
         else:
             numbers = [float(p) for p in parts if not isinstance(p, Mapping)]
-            values[name] = min(numbers) if name in LEAST else sum(numbers)
+            values[name] = (min if name in LEAST else max if name in MOST else sum)(numbers)
     return values
 
 
 LEAST = {
     "flowsage_watermark_timestamp_seconds", "flowsage_calibration_ready", "flowsage_graph_ready",
-    "flowsage_graph_training_loss", "flowsage_graph_mixture_weight",
+    "flowsage_graph_training_loss", "flowsage_graph_mixture_weight", "flowsage_budget_ratio",
 }  # fmt: skip
 """Metrics of which several sites have the least of theirs."""
+MOST = {"flowsage_calibration_expected_timestamp_seconds"}
+"""And the most."""
 
 
 def _metrics(scorer: Scorer) -> dict[str, Value]:
     counters, buffer, detector = scorer.counters, scorer.buffer, scorer.detector
+    alarms = detector.alarms
     values: dict[str, Value] = {
         "flowsage_flows_consumed": counters.consumed,
         "flowsage_flows_scored": counters.scored,
@@ -298,10 +306,15 @@ def _metrics(scorer: Scorer) -> dict[str, Value]:
         "flowsage_watermark_timestamp_seconds": max(0, buffer.watermark_ns or 0) / 1e9,
         "flowsage_history_keys": detector.history.keys,
         "flowsage_history_evicted": detector.history.evicted,
-        "flowsage_calibration_ready": float(detector.alarms.readiness().ready),
-        "flowsage_calibration_host_blocks": detector.alarms.calibration.seen,
+        "flowsage_calibration_ready": float(alarms.readiness().ready),
+        "flowsage_calibration_blocks": alarms.calibration.blocks,
+        "flowsage_calibration_blocks_needed": alarms.config.ready_blocks,
+        "flowsage_calibration_host_blocks": alarms.calibration.seen,
+        "flowsage_calibration_host_blocks_needed": alarms.config.ready_host_blocks,
+        "flowsage_calibration_expected_timestamp_seconds": (alarms.expected_ns or 0) / 1e9,
+        "flowsage_budget_ratio": alarms.grown,
         "flowsage_findings": dict(scorer.raised),
-        "flowsage_findings_open": len(detector.alarms.episodes.open),
+        "flowsage_findings_open": len(alarms.episodes.open),
     }
     if scorer.model is not None:
         values |= {"flowsage_model_loads": scorer.model.loads, "flowsage_model_refused": scorer.model.refused}

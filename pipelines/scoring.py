@@ -249,4 +249,5 @@ class Scoring:
 
 def _told(site: Site) -> str:
     counters = site.scorer.counters
-    return f"{counters.consumed:,} flows, {counters.windows} windows learnt; {site.scorer.standing()}"
+    standing = site.scorer.standing() + site.scorer.expected()
+    return f"{counters.consumed:,} flows, {counters.windows} windows learnt; {standing}"

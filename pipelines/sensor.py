@@ -13,6 +13,7 @@ import click
 from flowsage.collector.agent import Agent
 from flowsage.collector.agent_settings import AgentSettings
 from flowsage.collector.collect import collect, summary
+from flowsage.collector.errors import FlowsageError
 from flowsage.collector.program import FlowSettings
 from flowsage.collector.publish import Publisher
 from flowsage.collector.spool import Spool
@@ -61,7 +62,25 @@ def detach(settings: Settings, interfaces: tuple[str, ...]) -> None:
         click.echo(str(each), err=True)
     if not removed:
         what = f"on {', '.join(interfaces)}" if interfaces else f"of sensor {settings.sensor.name}"
-        click.echo(f"nothing {what} is pinned under {root}", err=True)
+        click.echo(_nothing(what, root), err=True)
+
+
+def _nothing(what: str, root: Path) -> str:
+    """For who wanted to remove what is not there: what is there instead."""
+    from flowsage.collector.inventory import inventory
+    from flowsage.collector.pins import sensors
+
+    here = f"nothing {what} is pinned under {root}"
+    if others := sensors(root):
+        return f"{here}; these sensors are, and --name names the one to remove: {', '.join(others)}"
+    try:
+        present = inventory(root=root, over_s=0)
+    except FlowsageError:  # it takes more privilege than to remove
+        return here
+    if not present:
+        return f"nothing of FlowSAGE is in the kernel, so there is nothing to remove ({here})"
+    programs = ", ".join(str(p.stats.program_id) for p in present)
+    return f"{here}; what is in the kernel (program {programs}) ends with the process that runs it: `flowsage status`"
 
 
 def flow_settings(settings: Settings) -> FlowSettings:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -19,7 +18,9 @@ from flowsage.collector.interface import read_interface
 from flowsage.collector.inventory import Present, inventory
 from flowsage.collector.ledger import reasons_of
 from flowsage.collector.statistics import PROTOCOLS
+from flowsage.pipelines.quantities import moment
 
+NOTHING = "nothing of FlowSAGE is in the kernel"
 GO_ON = "`flowsage collect` goes on with it, `flowsage collect --detach` removes it"
 Samples = dict[str, dict[str, float]]
 
@@ -36,6 +37,7 @@ def fetch(address: str, port: int) -> Samples:
             text = reply.read().decode()
     except (urllib.error.URLError, OSError) as e:
         reason = getattr(e, "reason", e)
+        reason = getattr(reason, "strerror", None) or reason
         raise NotRunningError(
             f"no FlowSAGE answers at {url} ({reason}); is `flowsage run` running, and with this port?"
         ) from e
@@ -62,7 +64,9 @@ def show(address: str, port: int, *, as_json: bool = False) -> None:
     except FlowsageError as error:
         present, unasked = [], str(error)
     if silent is not None and not present:
-        raise NotRunningError(f"{silent}; nor could the kernel be asked: {unasked}") if unasked else silent
+        raise NotRunningError(
+            f"{silent}; nor could the kernel be asked: {unasked}" if unasked else f"{NOTHING}, and {silent}"
+        )
     if as_json:
         click.echo(json.dumps({"process": samples, "kernel": [as_dict(p) for p in present]}, indent=1, sort_keys=True))
         return
@@ -180,7 +184,7 @@ def lines(samples: Samples) -> list[str]:
         ]
     if one("flows_consumed_total") is not None:
         mark = one("watermark_timestamp_seconds")
-        when = datetime.fromtimestamp(mark, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if mark else "none yet"
+        when = moment(mark) if mark else "none yet"
         out.append(
             f"windows    {number('windows_closed_total')} closed, {number('flows_open')} flows in open ones, "
             f"{number('flows_late_total')} late; watermark {when}"
@@ -193,7 +197,30 @@ def lines(samples: Samples) -> list[str]:
             f"weight {one('graph_mixture_weight') or 0:.2f}"
         )
     if one("calibration_host_blocks") is not None:
-        ready = "ready" if one("calibration_ready") else "not ready"
-        out.append(f"alarms     {ready}: calibrated on {number('calibration_host_blocks')} host-blocks")
+        out += _alarms({name: one(name) or 0.0 for name in _ALARMS})
         out.append(f"findings   {number('findings_open')} open; raised: {by('findings_total')}")
     return out
+
+
+_ALARMS = (
+    "calibration_ready", "calibration_blocks", "calibration_blocks_needed", "calibration_host_blocks",
+    "calibration_host_blocks_needed", "calibration_expected_timestamp_seconds", "budget_ratio",
+)  # fmt: skip
+
+
+def _alarms(value: dict[str, float]) -> list[str]:
+    """Whether they are raised, and how much of what that takes is there."""
+    if value["calibration_ready"]:
+        seen = f"calibrated on {value['calibration_host_blocks']:,.0f} host-blocks"
+        return [f"alarms     ready: {seen}; {value['budget_ratio']:.0%} of the budget is in force"]
+    missing = [
+        f"{value[f'calibration_{name}']:,.0f} of {value[f'calibration_{name}_needed']:,.0f} {name.replace('_', '-')}"
+        for name in ("blocks", "host_blocks")
+        if value[f"calibration_{name}"] < value[f"calibration_{name}_needed"]
+    ]
+    at = value["calibration_expected_timestamp_seconds"]
+    return [
+        f"alarms     not ready: {' and '.join(missing) or 'none'} of calibration seen"
+        + (f", ready at about {moment(at)}" if at else ""),
+        "           until then only scans, guessing and floods are raised, at first where they are beyond doubt",
+    ]

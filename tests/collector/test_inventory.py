@@ -23,7 +23,7 @@ from flowsage.collector import (
     libbpf,
 )
 from flowsage.collector.inventory import Present, inventory
-from flowsage.collector.pins import Pins
+from flowsage.collector.pins import ROOT, Pins, _require_bpffs
 from flowsage.pipelines.cli import main
 from tests.bpf.support import build, needs_root, tcp, udp
 from tests.bpf.veth import VethPair, run, veth_pair
@@ -101,7 +101,8 @@ def test_speed_is_that_of_the_packets_of_this_moment(pair: VethPair) -> None:
 @pytest.fixture
 def left_behind(pair: VethPair) -> Iterator[tuple[int, Path]]:
     """The flow program, attached and pinned, with no process that holds it."""
-    folder = Path(f"/sys/fs/bpf/flowsage/fsin{os.getpid()}")
+    _require_bpffs(ROOT)
+    folder = ROOT / f"fsin{os.getpid()}"
     folder.mkdir(parents=True)
     try:
         with pair.inside(), FlowProgram(FlowSettings(table_entries=100)) as program:
@@ -118,7 +119,7 @@ def left_behind(pair: VethPair) -> Iterator[tuple[int, Path]]:
             send(pair, udp(1), udp(2), udp(3), udp(3), b"\x02" * 12 + b"\x08\x06" + bytes(28))
             VethPair.settle(program, 5)
             program_id = program.program_id
-            program.attachments.clear()  # as if the process had died: closing must not detach what is pinned
+            program.attachments.pop(pair.receiver).release()  # as if the process had died
         yield program_id, folder
     finally:
         for pin in folder.iterdir():
@@ -190,6 +191,29 @@ def test_status_without_process_and_privilege_says_both() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.search(r"is `flowsage run` running.*nor could the kernel be asked.*CAP_BPF", done.stderr)
+
+
+def test_who_removes_what_is_not_there_is_told_what_is(
+    pair: VethPair, left_behind: tuple[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = left_behind
+
+    def said(*more: str) -> str:
+        done = CliRunner().invoke(main, ["collect", "--detach", *more])
+        assert (done.exit_code, done.stdout) == (0, "")
+        (line,) = done.stderr.splitlines()
+        return line
+
+    here = "nothing of sensor absent is pinned under "
+    there = said("--name", "absent")
+    assert there.startswith(f"{here}/sys/fs/bpf/flowsage; these sensors are, and --name names the one to remove: ")
+    assert folder.name in there
+    # Another root has no sensors, but the kernel has our program, and then it has none.
+    monkeypatch.setenv("FLOWSAGE_SENSOR__PINS", "/sys/fs/bpf/fsabsent")
+    assert re.search(r"; what is in the kernel \(program [\d, ]+\) ends with the process", said("--name", "absent"))
+    monkeypatch.setattr("flowsage.collector.inventory.inventory", lambda **_: [])
+    nothing = "nothing of FlowSAGE is in the kernel, so there is nothing to remove"
+    assert said("--name", "absent") == f"{nothing} ({here}/sys/fs/bpf/fsabsent)"
 
 
 @pytest.mark.parametrize("more", [["--detach"], ["--interface", "lo"]])

@@ -78,6 +78,21 @@ def test_nothing_but_scans_guessing_and_floods_is_raised_before_the_calibration_
     assert "of 1000 blocks" in watch.alarms.readiness().reason
 
 
+def test_when_they_are_ready_is_known_beforehand():
+    block = LAB.block_ns / LAB.time_scale / 1e9
+    watch = Watch(LOUD)
+    assert watch.alarms.expected_ns is None
+    watch.run(office(20 * block, 0), 1.5 * block)
+    expected = watch.alarms.expected_ns
+    assert not watch.alarms.readiness().ready
+    assert expected is not None
+    for later, ready in ((-8, False), (2, True)):  # a window is run to its end, six seconds
+        watch = Watch(LOUD)
+        watch.run(office(20 * block, 0), expected / 1e9 - START / 1e9 + later)
+        assert watch.alarms.readiness().ready is ready
+        assert watch.alarms.expected_ns == (None if ready else expected)
+
+
 @pytest.mark.parametrize("name", ["port scan", "host scan"])
 def test_what_fails_and_is_beyond_doubt_is_raised_within_the_first_block(name):
     block = LAB.block_ns / LAB.time_scale / 1e9

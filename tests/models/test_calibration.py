@@ -87,8 +87,20 @@ def test_not_ready_says_what_is_missing():
     assert not b.c.readiness(2, 6).ready
     b.end(np.zeros(3))
     assert b.c.readiness(2, 6).reason == "not ready: 1 of 2 blocks and 3 of 6 host-blocks of calibration seen"
+    assert b.c.readiness(2, 3).reason == "not ready: 1 of 2 blocks of calibration seen"
     b.end(np.zeros(3))
     assert b.c.readiness(2, 6).ready
+
+
+def test_how_many_blocks_are_left_follows_from_how_busy_those_so_far_were():
+    b = Blocks(3, an.FAN, 3)
+    assert b.c.blocks_left(4, 24, active=0) is None
+    assert b.c.blocks_left(4, 24, active=3) == 8
+    assert b.c.blocks_left(4, 24, active=100) == 4
+    for left in (7, 6, 5):
+        b.end(np.zeros(3))
+        assert b.c.blocks_left(4, 24, active=100) == left
+    assert b.c.blocks_left(2, 9, active=0) == 0
 
 
 def test_budget_is_a_day_per_hundred_hosts_and_at_least_one_a_day():

@@ -92,6 +92,24 @@ def test_status_says_how_long_an_interface_went_unwatched(served: tuple[Metrics,
     assert "eth0 was not watched for 12.3 ms" in "\n".join(lines(fetch("127.0.0.1", port)))
 
 
+def test_status_says_how_much_of_the_calibration_is_there_and_when_the_rest_is_expected(
+    served: tuple[Metrics, int],
+) -> None:
+    metrics, port = served
+    values = example() | {
+        "flowsage_calibration_ready": 0.0,
+        "flowsage_calibration_blocks": 2.0, "flowsage_calibration_blocks_needed": 4.0,
+        "flowsage_calibration_host_blocks": 17.0, "flowsage_calibration_host_blocks_needed": 24.0,
+        "flowsage_calibration_expected_timestamp_seconds": 1_767_571_200.0, "flowsage_budget_ratio": 0.1,
+    }  # fmt: skip
+    metrics.add(lambda: values)
+    not_ready = "alarms     not ready: 2 of 4 blocks and 17 of 24 host-blocks of calibration seen, "
+    assert not_ready + "ready at about 2026-01-05 00:00:00 UTC\n" in "\n".join(lines(fetch("127.0.0.1", port)))
+    values |= {"flowsage_calibration_ready": 1.0, "flowsage_budget_ratio": 0.25}
+    ready = "alarms     ready: calibrated on 17 host-blocks; 25% of the budget is in force"
+    assert ready in lines(fetch("127.0.0.1", port))
+
+
 def test_status_with_nobody_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotRunningError, match=r"is `flowsage run` running"):
         fetch("127.0.0.1", free_port())
@@ -99,7 +117,10 @@ def test_status_with_nobody_there_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("flowsage.pipelines.status.inventory", list)
     done = CliRunner().invoke(main, ["status", "--port", str(free_port())])
     assert (done.exit_code, done.stdout) == (1, "")
-    assert "is `flowsage run` running" in done.stderr
+    assert done.stderr.startswith(
+        "flowsage: nothing of FlowSAGE is in the kernel, and no FlowSAGE answers at http://127"
+    )
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_status_of_a_process_that_has_only_begun_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
