@@ -16,7 +16,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # run-time backend and the benchmark, the lab's scan (nmap), replay, checks and a Kafka broker in the tests (tcpreplay,
 # tshark, promtool; Java).
 APT := python3-venv clang clang-format llvm make iproute2 ethtool procps libbpf1 libbpf-dev linux-libc-dev bpftool \
-       python3-bpfcc linux-headers-amd64 nmap tcpreplay tshark prometheus default-jre-headless openssl
+       python3-bpfcc linux-headers-amd64 nmap tcpreplay tshark prometheus default-jre-headless openssl systemd
 # Where no Kafka lies beside the checkout, Maven fetches it for the tests.
 ifeq ($(KAFKA_HOME)$(wildcard $(or $(FLOWSAGE_SHARED),../shared)/kafka/lib/kafka_2.13-*.jar),)
 APT += maven

@@ -12,6 +12,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -137,13 +138,18 @@ class Agent:
             life.upgrade()
         self.ledger.follow(life.program)
 
-    def run(self) -> Snapshot:
-        """Open, work until `stop`, close; returns the final ledger. Raises what ends it otherwise, after closing."""
+    def run(self, alive: Callable[[], None] | None = None) -> Snapshot:
+        """Open, work until `stop`, close; returns the final ledger. Raises what ends it otherwise, after closing.
+
+        alive   called after each step
+        """
         if not self._open:
             self.open()
         try:
             while not self._wait():
                 self.step()
+                if alive is not None:
+                    alive()
         except BaseException as error:
             self._handover.lasting &= not _is_an_end(error)
             if self._handover.lasting:

@@ -21,6 +21,7 @@ from flowsage.collector.interface import enter_namespace
 from flowsage.collector.ledger import Snapshot
 from flowsage.collector.output import LinesOutput, OutputClosedError
 from flowsage.collector.parquet import ParquetOutput
+from flowsage.collector.service import Service
 from flowsage.collector.sink import Sink
 
 logger = logging.getLogger(__name__)
@@ -49,14 +50,16 @@ def collect(
     rotate_bytes: int = 256 << 20,
     rotate_s: float = 300.0,
     drop_privileges: bool = False,
+    service: Service | None = None,
     on_ready: Callable[[Agent], None] | None = None,
 ) -> Snapshot:
     """Watch `settings.interfaces` until a signal; records go to `output`: a directory, "-" for lines, or a sink.
 
     At the end the table is flushed (end reason: forced end), nothing stays attached, and the final ledger is returned.
     Killed, a sensor that pins (`settings.pins`) goes on in the kernel until this is called again; see Agent.
-    `on_ready` is called once packets are counted. `drop_privileges`: from then on the calling thread has no capability
-    (and stays in the sensor's network namespace). Raises the errors of `Agent.open` and of the outputs.
+    `on_ready` is called once packets are counted, and then `service` is told. `drop_privileges`: from then on the
+    calling thread has no capability (and stays in the sensor's network namespace). Raises the errors of `Agent.open`
+    and of the outputs.
     """
     if isinstance(output, Sink):
         sink = output
@@ -64,8 +67,13 @@ def collect(
         sink = LinesOutput()
     else:
         sink = ParquetOutput(output, sensor=settings.name, rotate_bytes=rotate_bytes, rotate_s=rotate_s)
-    agent = Agent(settings, sink)
-    with stopped_by_signals(agent.stop):
+    agent, service = Agent(settings, sink), service or Service()
+
+    def stop() -> None:
+        agent.stop()
+        service.stopping()
+
+    with stopped_by_signals(stop):
         if drop_privileges and settings.netns is not None:
             enter_namespace(settings.netns)
         agent.open()
@@ -74,8 +82,9 @@ def collect(
         sink.start()
         if on_ready is not None:
             on_ready(agent)
+        service.ready(f"watching {', '.join(settings.interfaces)}")
         try:
-            return agent.run()
+            return agent.run(service.alive)
         except OutputClosedError:
             # `flowsage collect | head`: nothing is wrong.
             return agent.snapshot()

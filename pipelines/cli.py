@@ -361,5 +361,26 @@ def status(address: str, port: int, as_json: bool) -> None:
     show(address, port, as_json=as_json)
 
 
+@main.command()
+@click.argument("kind", type=click.Choice(["collect", "score"]))
+@click.option(
+    "--config", type=EXISTING, default="/etc/flowsage/flowsage.toml", show_default=True, help="its configuration file"
+)
+def unit(kind: str, config: Path) -> None:
+    """Print the systemd unit of the sensor (collect) or of the scorer (score), for this installation.
+
+    \b
+    flowsage unit collect > /etc/systemd/system/flowsage-collect.service
+    systemctl enable --now flowsage-collect
+    """
+    from flowsage.pipelines.unit import closed_to_others
+    from flowsage.pipelines.unit import unit as unit_file
+
+    if kind == "score" and (folder := closed_to_others(Path(sys.executable))):
+        said = f"the scorer runs as a user of its own, who may not pass {folder} to get to {sys.executable}"
+        click.echo(f"flowsage: {said}: install FlowSAGE elsewhere, such as in /opt", err=True)
+    click.echo(unit_file(kind, config), nl=False)
+
+
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The configuration in force: flags over environment over a TOML file.
+"""The configuration in force: flags over environment over systemd's credentials over a TOML file.
 
     [sensor]                      FLOWSAGE_SENSOR__IDLE_TIMEOUT=30s
     interfaces = ["eth0"]         flowsage run --interface eth0
@@ -48,6 +48,27 @@ def _read_environment() -> dict[str, Any]:
         raise ConfigurationError(f"the environment cannot be read as configuration: {e}") from e
 
 
+def _read_credentials() -> dict[str, Any]:
+    """What systemd hands over (`LoadCredential=kafka.ssl_password`): a file a secret, called as the key.
+
+    Of a key that is a file (`kafka.ssl_keyfile`) the value is where that lies.
+    """
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    found: dict[str, Any] = {}
+    for section, values in Settings.model_fields.items() if folder else ():
+        for name, field in getattr(values.annotation, "model_fields", {}).items():
+            path = Path(folder or "", f"{section}.{name}")
+            secret = field.annotation is SecretStr
+            if not (secret or name.endswith("file")) or not path.exists():
+                continue
+            try:
+                text = path.read_text().rstrip("\n")
+            except (OSError, UnicodeDecodeError) as e:
+                raise ConfigurationError(f"cannot read the credential {path}: {e}") from e
+            found.setdefault(section, {})[name] = text if secret else str(path)
+    return found
+
+
 def _merge(*layers: dict[str, Any]) -> dict[str, Any]:
     """Later layers win, key by key."""
     out: dict[str, Any] = {}
@@ -66,13 +87,15 @@ def load(
     *,
     defaults: dict[str, dict[str, Any]] | None = None,
 ) -> Settings:
-    """Settings from `flags` over the environment over the file at `path` (or $FLOWSAGE_CONFIG) over `defaults`.
+    """Settings from `flags` over the environment over credentials over the file at `path` (or $FLOWSAGE_CONFIG) over
+    `defaults`.
 
     `defaults` is what a command prefers where nobody says otherwise (the lab's time scale). Raises ConfigurationError
     that names the key, the value and what would be right.
     """
     path = path or (Path(os.environ["FLOWSAGE_CONFIG"]) if os.environ.get("FLOWSAGE_CONFIG") else None)
-    layers = [defaults or {}, _read_file(path) if path else {}, _read_environment(), flags or {}]
+    layers = [defaults or {}, _read_file(path) if path else {}, _read_credentials()]
+    layers += [_read_environment(), flags or {}]
     try:
         return Settings(**_merge(*layers))
     except ValidationError as e:

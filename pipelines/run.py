@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from flowsage.collector.agent import Agent
 from flowsage.collector.collect import stopped_by_signals, summary
 from flowsage.collector.interface import require_ethernet
 from flowsage.collector.publish import Publisher
+from flowsage.collector.service import Service
 from flowsage.pipelines.files import require_writable
 from flowsage.pipelines.log import Log
 from flowsage.pipelines.memory_log import MemoryLog
@@ -76,10 +77,18 @@ class LineWriter(Protocol):
 class LiveScoring:
     """Scores what is in the log of this process, and writes the findings as they come."""
 
-    def __init__(self, settings: Settings, log: Log, writer: LineWriter, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        writer: LineWriter,
+        metrics: Metrics,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         from flowsage.pipelines.scoring import Scoring
 
-        self._scoring = Scoring(settings, log, metrics=metrics, restarts=False)
+        self._scoring = Scoring(settings, log, metrics=metrics, restarts=False, alive=alive)
+        self._alive = alive
         self._findings = log.consumer("output", anomalies_topic(settings.kafka.prefix))
         self._writer = writer
         self.snapshot = self._scoring.snapshot
@@ -93,6 +102,7 @@ class LiveScoring:
         while not stopped.is_set() and (until is None or time.monotonic() < until):
             self._scoring.turn(0.2)
             self._write()
+            self._alive()
 
     def finish(self) -> None:
         """Read the log to its end, score what is open."""
@@ -130,9 +140,14 @@ def run_live(
     if str(findings) != "-":
         require_writable(Path(findings))
     metrics = Metrics()
+    service, stopped = Service(), threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        service.stopping()
+
     with ExitStack() as stack:
-        stopped = threading.Event()
-        stack.enter_context(stopped_by_signals(stopped.set))
+        stack.enter_context(stopped_by_signals(stop))
         if settings.metrics.enabled:
             metrics.serve(settings.metrics.address, settings.metrics.port)
             stack.callback(metrics.close)
@@ -160,13 +175,21 @@ def run_live(
         from flowsage.pipelines.outputs import FindingWriter
 
         writer = stack.enter_context(closing(FindingWriter(findings, as_json=as_json)))
-        scoring = LiveScoring(settings, log, writer, metrics)
+
+        def alive() -> None:
+            if agent.alive:
+                service.alive()
+            else:  # what ended it, `join` says
+                stopped.set()
+
+        scoring = LiveScoring(settings, log, writer, metrics, alive)
         metrics.add(scoring.snapshot)
         if lab:
             for entry in network.run_schedule(schedule):
                 say(f"lab: {entry.attack} in {entry.after_s:g} s")
         progress = threading.Thread(target=_progress, args=(agent, scoring, stopped, started), daemon=True)
         progress.start()
+        service.ready(f"watching {watched}")
         scoring.run(stopped, None if duration_s is None else started + duration_s)
         stopped.set()
         agent.stop()

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import click
 
 from flowsage.collector.collect import stopped_by_signals
+from flowsage.collector.service import Service
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.metrics import Metrics
 from flowsage.pipelines.scoring import Scoring
@@ -24,19 +25,26 @@ def run_score(settings: Settings, *, duration_s: float | None = None) -> None:
     started = time.monotonic()
     log = KafkaLog(settings.kafka, session_timeout_s=settings.score.session_timeout / 1e9)
     store = SnapshotStore(settings.score.state, keep=settings.score.snapshots) if settings.score.state else None
-    metrics, stopped = Metrics(), threading.Event()
+    metrics, stopped, service = Metrics(), threading.Event(), Service()
+
+    def stop() -> None:
+        stopped.set()
+        service.stopping()
+
     with ExitStack() as stack:
-        stack.enter_context(stopped_by_signals(stopped.set))
+        stack.enter_context(stopped_by_signals(stop))
         stack.callback(log.close)
-        scoring = Scoring(settings, log, store=store, metrics=metrics, say=_say)
+        scoring = Scoring(settings, log, store=store, metrics=metrics, say=_say, alive=service.alive)
         stack.callback(scoring.close)
         metrics.add(scoring.snapshot)
         if settings.metrics.enabled:
             metrics.serve(settings.metrics.address, settings.metrics.port)
             stack.callback(metrics.close)
             _say(f"metrics on http://{settings.metrics.address}:{settings.metrics.port}/metrics")
-        _say(f"scoring {flows_topic(settings.kafka.prefix)} in group {settings.score.group}; Ctrl-C stops")
-        threading.Thread(target=_progress, args=(scoring, stopped), daemon=True).start()
+        working = f"scoring {flows_topic(settings.kafka.prefix)} in group {settings.score.group}"
+        _say(f"{working}; Ctrl-C stops")
+        threading.Thread(target=_progress, args=(scoring, stopped, service), daemon=True).start()
+        service.ready(working)
         scoring.run(stopped, None if duration_s is None else started + duration_s)
         stopped.set()
         _say(scoring.standing())
@@ -46,6 +54,8 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _progress(scoring: Scoring, stopped: threading.Event) -> None:
+def _progress(scoring: Scoring, stopped: threading.Event, service: Service) -> None:
     while not stopped.wait(PROGRESS_S):
-        _say(scoring.standing())
+        standing = scoring.standing()
+        _say(standing)
+        service.status(standing)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from flowsage.collector.errors import ConfigurationError, FencedError, LogError, LogUnavailableError
@@ -42,6 +42,7 @@ class Scoring:
     store     where snapshots are; None: there are none
     restarts  whether somebody may read again what is in open windows; if not, the log need not keep it
     say       told what a person ought to know
+    alive     called whenever something was done, or waited for
 
     `run` works in the caller's thread; `snapshot` and `standing` may be called from others.
     """
@@ -55,9 +56,11 @@ class Scoring:
         metrics: Metrics | None = None,
         restarts: bool = True,
         say: Say = logger.info,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.log = log
+        self._alive = alive
         self.seats: dict[int, Seat] = {}
         self.fenced = 0
         self._metrics = metrics
@@ -92,6 +95,7 @@ class Scoring:
                     self._say(f"Kafka is not there: {error}; trying again")
                 complained = True
                 stopped.wait(RETRY_S)
+            self._alive()
 
     def turn(self, timeout_s: float) -> int:
         """Read what there is, waiting for it at most `timeout_s`, and publish; returns the number of records."""
@@ -111,6 +115,7 @@ class Scoring:
         counters = seat.site.scorer.counters
         panes, windows = (counters.panes, counters.pane_seconds), (counters.windows, counters.window_seconds)
         seat.take(record)
+        self._alive()
         if self._metrics is not None:
             if counters.panes > panes[0]:
                 self._metrics.pane_seconds.observe(counters.pane_seconds - panes[1])
@@ -210,6 +215,7 @@ class Scoring:
             del self.seats[number]
 
     def _wait(self, seconds: float) -> bool:
+        self._alive()
         return self._stopped.wait(seconds)
 
     # ---- how it is ----

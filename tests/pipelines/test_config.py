@@ -98,6 +98,19 @@ def test_kafka_settings_pass_through_under_kafka_pythons_own_names_and_secrets_s
         assert "sensor" in text
 
 
+def test_secrets_and_key_files_come_as_credentials_of_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    for name, text in {"kafka.sasl_plain_password": "s3cret\n", "kafka.ssl_keyfile": "a key", "else": "other"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "kafka.prefix").write_text("no secret")
+    kafka = load(write(tmp_path, '[kafka]\nsasl_plain_password = "old"\nprefix = "mine"\n')).kafka
+    assert kafka.sasl_plain_password.get_secret_value() == "s3cret"
+    assert kafka.ssl_keyfile == str(tmp_path / "kafka.ssl_keyfile")
+    assert kafka.prefix == "mine"
+    monkeypatch.setenv("FLOWSAGE_KAFKA__SASL_PLAIN_PASSWORD", "newer")
+    assert load().kafka.sasl_plain_password.get_secret_value() == "newer"
+
+
 def test_a_wrong_secret_is_named_and_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[kafka]\nsasl_plain_password = ['h1dden']\n")
     with pytest.raises(ConfigurationError, match=r"kafka\.sasl_plain_password") as error:
