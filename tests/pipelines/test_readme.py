@@ -1,5 +1,6 @@
 """What the README says is there, is there."""
 
+import json
 import os
 import re
 import shlex
@@ -16,9 +17,13 @@ from click.testing import CliRunner
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
+from flowsage.models import analytics
+from flowsage.models.alarms import AlarmConfig
 from flowsage.pipelines.cli import main
+from flowsage.pipelines.findings import TITLES
 from flowsage.pipelines.kafka import KafkaLog
 from flowsage.pipelines.metrics import METRICS
+from flowsage.pipelines.settings import Settings
 from flowsage.pipelines.status import fetch
 from tests.broker import Broker, free_ports
 from tests.collector.wires import eventually, ip
@@ -34,6 +39,63 @@ def test_every_metric_is_in_the_table_and_nothing_else() -> None:
     assert table - {"flowsage_pane_seconds"} == {m.name + suffix[m.kind] for m in METRICS}
 
 
+def test_every_analytic_is_in_the_table_as_the_code_has_it() -> None:
+    words = {name: f"*{name}*" for name in ("host", "peer", "service")} | {"observed": "*n*", "count": "*n*"}
+    words |= {"span": "*time*", "on": "", "beats": "every *time*, *n* times"}
+    block_s = Settings().alarms.block / 10**9
+    assert block_s == 15 * 60
+    assert AlarmConfig().ready_blocks * block_s == 3600
+    rows = []
+    for i, a in enumerate(analytics.TABLE):
+        since = "at once" if analytics.FIRST[i] else "after a block" if analytics.EARLY[i] else "after an hour"
+        sentence = a.words.format(**words)
+        rows.append(f"| {TITLES[a.name]} | `{a.name}` | {sentence} | {a.technique or ''} | {since} |")
+    table = README[README.index("| `finding_info.title` |") :].split("\n\n")[0].splitlines()[2:]
+    assert table == rows
+
+
+def test_the_words_that_are_explained_have_the_lengths_that_are_set() -> None:
+    settings = Settings()
+    for word, length, text in (
+        ("flow record", settings.sensor.active_timeout, "every 60 s"),
+        ("pane", settings.windows.pane, "10 s of event time"),
+        ("window", settings.windows.window, "60 s of event time"),
+        ("block", settings.alarms.block, "15 min of event time"),
+    ):
+        (row,) = re.findall(rf"^\| {word} \| (.*) \|$", README, re.M)
+        assert text in row
+        assert length == int(re.findall(r"\d+", text)[0]) * (60 if "min" in text else 1) * 10**9
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Findings, JSON, of the host that sweeps in the tests' flow file."""
+    folder = tmp_path_factory.mktemp("scan")
+    scan_flows(folder / "scan.parquet", minutes=90)
+    replay = ["replay", str(folder / "scan.parquet"), "--findings", str(folder / "findings.jsonl")]
+    subprocess.run([sys.executable, "-m", "flowsage.pipelines.cli", *replay], check=True)
+    return (folder / "findings.jsonl").read_text().splitlines()
+
+
+def test_the_finding_that_is_shown_is_one(findings: list[str]) -> None:
+    def is_part(shown: object, real: object) -> bool:
+        """Fields and entries may be left out, and numbers rounded."""
+        match shown, real:
+            case dict(), dict():
+                return all(k in real and is_part(v, real[k]) for k, v in shown.items())
+            case list(), list():
+                return all(is_part(*both) for both in zip(shown, real, strict=False)) and len(shown) <= len(real)
+            case float(), float():
+                return shown == pytest.approx(real, rel=0.02)
+        return shown == real
+
+    (text,) = re.findall(r"```json\n(.*?)```", README, re.S)
+    shown = json.loads(text)
+    assert is_part(shown, json.loads(findings[0]))
+    for field in re.findall(r"^\| `(message|time|finding_info|observables|unmapped|evidences)", README, re.M):
+        assert field in shown
+
+
 def test_every_command_and_option_that_is_shown_exists() -> None:
     shown = set()
     for line in re.findall(r"^flowsage [^\n]+", README, re.M):
@@ -42,7 +104,7 @@ def test_every_command_and_option_that_is_shown_exists() -> None:
         help_text = CliRunner().invoke(main, [words[1], "--help"]).output
         for option in (w for w in words if w.startswith("--")):
             assert option in help_text, line
-    assert shown >= {"run", "collect", "replay", "lab", "status", "topics", "score", "watch"}
+    assert shown >= {"run", "collect", "replay", "lab", "status", "topics", "score", "watch", "unit"}
 
 
 def example(words: str) -> str:
@@ -56,14 +118,10 @@ def test_the_example_of_a_host_graph_runs(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", example("host_graph")], cwd=tmp_path, check=True)
 
 
-def test_the_example_of_a_subscriber_prints_findings(broker: Broker, tmp_path: Path) -> None:
+def test_the_example_of_a_subscriber_prints_findings(broker: Broker, findings: list[str]) -> None:
     broker.create_topic("flowsage.anomalies.v1")
-    findings = tmp_path / "findings.jsonl"
-    scan_flows(tmp_path / "scan.parquet", minutes=90)
-    flowsage = [sys.executable, "-m", "flowsage.pipelines.cli"]
-    subprocess.run([*flowsage, "replay", "scan.parquet", "--findings", str(findings)], cwd=tmp_path, check=True)
     with closing(KafkaLog(broker.settings())) as log:
-        for line in findings.read_text().splitlines():
+        for line in findings:
             log.append("flowsage.anomalies.v1", b"host", line.encode())
     program = example("subscribe").replace("kafka1:9092", broker.bootstrap)
     with Command([sys.executable, "-uc", program]) as subscriber:
