@@ -25,7 +25,7 @@ from flowsage.models.cells import PAST, Memory, Store, by_group
 from flowsage.models.episodes import QUIET, Episodes, Offer
 from flowsage.models.finding import Evidence, Finding
 from flowsage.models.history_scores import ContactTerms
-from flowsage.models.judgement import judge
+from flowsage.models.judgement import judge, take_smallest
 from flowsage.models.reasons import Asked, Log, Reasons
 
 __all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding"]
@@ -159,9 +159,11 @@ class Alarms:
         """The smallest p f8[n] of each host (hashes u64[n]) in any pane since this was last asked; NaN: not ready."""
         smallest = self.memory.hosts.arrays["smallest"]
         slots = self.memory.hosts.table.find(hosts)
-        p = np.where(slots >= 0, smallest[slots], 1.0) if self._ready_at >= 0 else np.full(len(hosts), np.nan)
-        smallest[slots[slots >= 0]] = 1.0
-        return np.minimum(p, 1.0)
+        p = np.empty(len(hosts))
+        take_smallest(slots, smallest, p)
+        if self._ready_at < 0:
+            p[:] = np.nan
+        return p
 
     def _roll(self, block: int) -> None:
         """A block has ended (or several, of which all but one were empty)."""
@@ -174,8 +176,8 @@ class Alarms:
                 tuple(h[name] for name in _RUN), h["last"], h["excluded"], h["born"], self._now,
                 self._block, (an.HOUR / scale, an.DAY / scale),
             )  # fmt: skip
-            causes = h["causes"]
-            causes[causes.any(1)] = 0.0  # what is nought stays unwritten, and takes no memory
+            causes, sources = h["causes"], active[0]  # nobody else has any
+            causes[sources[causes[sources].any(1)]] = 0.0  # what is nought stays unwritten, and takes no memory
             self._forget()
             self.calibration.fade((block - self._block) * self._block_ns / 1e9 / (an.WEEK / self.config.time_scale))
         self._block, self._active = block, ([], [])
