@@ -165,15 +165,15 @@ class MeetingPrior:
         """Part of a window's contacts, and `some` of its meetings, which are the first ones among them."""
         source, target = self.memory.see(contacts.hosts, contacts.src[part], contacts.dst[part], window)
         at = met.contact[some] - part.start
-        meetings = Meetings(
-            source[at],
-            target[at],
-            met.source_hash[some],
-            met.target_hash[some],
-            met.service[some],
-            met.target[some] < 0,
-        )
-        if len(meetings):
+        if len(at):
+            meetings = Meetings(
+                source[at],
+                target[at],
+                met.source_hash[some],
+                met.target_hash[some],
+                met.service[some],
+                met.target[some] < 0,
+            )
             self.learnt += float(self.memory.remember(meetings, gate, window, most).sum())
             if self.config.graph:
                 self._stale += [meetings.source, meetings.target]

@@ -123,9 +123,9 @@ class MeetingMemory:
 
     def see(self, table: HostTable, source: Int32, target: Int32, window: int) -> tuple[Int32, Int32]:
         """Slots of the hosts of a window's contacts (indices into `table`), which counts as one window active."""
-        slots = self.hosts.see(table, source, window), self.hosts.see(table, target, window)
+        slots = self.hosts.see(table, np.concatenate((source, target)), window)
         self.neighbours.ensure(len(self.hosts))
-        return slots
+        return slots[: len(source)], slots[len(source) :]
 
     def remember(self, met: Meetings, gate: Float32, window: int, most: int) -> Float32:
         """Enter first meetings with weights `gate` f32[n] (0 to 1); at most `most` of them, by weight, are replayed.

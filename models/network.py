@@ -101,7 +101,8 @@ class View:
             self.rest = None if self.rest is None else longer(self.rest)
         for table in (self.embedding, self.peers, self.rest):
             if table is not None:
-                table[self.hosts + 1 : hosts + 1] = table[0]
+                rows = table.numpy()  # which torch takes several times as long to fill
+                rows[self.hosts + 1 : hosts + 1] = rows[0]
         self.hosts = hosts
 
 

@@ -49,6 +49,11 @@ class Answers:
     gained: Float64
 
 
+_NOBODY = Answers(
+    _NONE, *np.empty((2, 0), np.int32), *np.empty((2, 0), np.uint64), np.empty(0, np.int32), *np.empty((ANSWERS, 0))
+)
+
+
 @dataclass(frozen=True)
 class Everybody:
     """q_all f32[h] of the hosts, and draws from it i32[m], none where all hosts are candidates."""
@@ -75,6 +80,8 @@ class Candidates:
 def first_meetings(memory: MeetingMemory, contacts: Contacts, first: Bool) -> Answers:
     """The contacts that `first` bool[c] marks, but for hosts that meet themselves; nothing asked yet."""
     at = np.flatnonzero(first & (contacts.src != contacts.dst)) if first.any() else _NONE
+    if not len(at):
+        return _NOBODY
     source_hash, target_hash = contacts.hosts.hash[contacts.src[at]], contacts.hosts.hash[contacts.dst[at]]
     blank = np.full((ANSWERS, len(at)), np.nan)
     hosts = memory.hosts
@@ -128,7 +135,7 @@ def answer(
         source, service[chosen], memory.links(keys[example]), begin, met.target[asked],
         replay.ring, replay.prev, replay.newest, services["head"], offers["next"], offers["target"], offers["weight"],
         services["total"], services["fresh"], everybody.anywhere, everybody.shared, towers,
-        view.peers[1 : hosts + 1].numpy(), stranger, popularity.fresh_share, trust[0],
+        view.peers.numpy()[1 : hosts + 1], stranger, popularity.fresh_share, trust[0],
         memory.hosts.columns["internal"][:hosts], trust[1], answers, candidate, density, copies,
     )  # fmt: skip
     columns = {
