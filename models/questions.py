@@ -49,9 +49,8 @@ class Answers:
     gained: Float64
 
 
-_NOBODY = Answers(
-    _NONE, *np.empty((2, 0), np.int32), *np.empty((2, 0), np.uint64), np.empty(0, np.int32), *np.empty((ANSWERS, 0))
-)
+_SLOTS, _HASHES = np.empty(0, np.int32), np.empty(0, np.uint64)
+_NOBODY = Answers(_NONE, _SLOTS, _SLOTS, _HASHES, _HASHES, _SLOTS, *np.empty((ANSWERS, 0)))
 
 
 @dataclass(frozen=True)
