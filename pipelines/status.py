@@ -72,7 +72,9 @@ def show(address: str, port: int, *, as_json: bool = False) -> None:
         return
     out = lines(samples) or ["process    it has only begun: nothing is counted yet"]
     if silent is not None:
-        out = [f"process    {silent}"]
+        alone = sorted({process for p in present for process in p.sensors.values() if process is not None})
+        only = f"{', '.join(map(str, alone))} only collects and serves no metrics; this is what the kernel says"
+        out = [f"process    {only if alone else silent}"]
     click.echo("\n".join(out + kernel_lines(present) + ([f"kernel     {unasked}"] if unasked else [])))
 
 

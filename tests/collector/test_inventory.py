@@ -163,11 +163,13 @@ def test_the_process_that_has_a_sensor_is_named(pair: VethPair) -> None:
         try:
             pins.put(program.xdp_fd, "program-flow_xdp", 1)
             here = found(program.program_id)
+            shown = CliRunner().invoke(main, ["status", "--port", "1"]).stdout
         finally:
             pins.clear()
             pins.close()
         assert here is not None
         assert here.sensors == {pins.directory: os.getpid()}
+    assert re.match(rf"process    .*{os.getpid()}.* only collects and serves no metrics; ", shown)
 
 
 def test_without_privilege_the_sentence_says_what_it_takes() -> None:
