@@ -6,9 +6,10 @@ enters once, when it arrives; nothing said is taken back; the same steps give th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,32 +19,25 @@ from flowsage.graph.addresses import PRIVATE, Internal
 from flowsage.graph.build import Contacts
 from flowsage.graph.flows import UInt64
 from flowsage.models import analytics as an
-from flowsage.models import beacon, levels, uploads
 from flowsage.models.alarm_config import AlarmConfig
 from flowsage.models.calibration import Calibration, Readiness
-from flowsage.models.cells import PAST, Memory, Store, by_group
-from flowsage.models.episodes import QUIET, Episodes, Offer
+from flowsage.models.cells import Memory, by_group
+from flowsage.models.episodes import Episodes, Offer
 from flowsage.models.finding import Evidence, Finding
 from flowsage.models.history_scores import ContactTerms
-from flowsage.models.judgement import judge, take_smallest
+from flowsage.models.judgement import take_smallest
 from flowsage.models.reasons import Asked, Log, Reasons
+from flowsage.models.watch import GRANDFATHERED, THREADED, Panes, Rules, Watch
 
 __all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding"]
 
 Array = npt.NDArray[Any]
-_First = TypeVar("_First")
-_Second = TypeVar("_Second")
-
-GRANDFATHERED = 30 * an.MINUTE
-"""A beat that was there before this much of the stream, or of its source's life, is how they are."""
-
-THREADED = 1 << 14
-"""Contacts of a pane from which a second thread is worth its while."""
-
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
 VERSION = 10
+
+NOBODY: UInt64 = np.empty(0, np.uint64)
 
 _BEST, _RUN = by_group("best"), by_group("run")
 
@@ -95,12 +89,19 @@ class Alarms:
     @property
     def tried(self) -> bool:
         """Whether a block of this network has been seen; before, only what is in `analytics.FIRST` is raised."""
-        return self._now >= self._block_ns / 1e9 and self.calibration.blocks >= 1
+        return self._tried(self._now)
+
+    def _tried(self, now: float) -> bool:
+        return now >= self._block_ns / 1e9 and self.calibration.blocks >= 1
 
     @property
     def allowed(self) -> float:
         """The largest p of a host in a block that is raised."""
-        c, untried = self.config, 0 if self.tried else max(1, sum(map(len, self._active[0])))
+        return self._allowed(0)
+
+    def _allowed(self, more: int) -> float:
+        """The same, when `more` hosts have become active."""
+        c, untried = self.config, 0 if self.tried else max(1, sum(map(len, self._active[0])) + more)
         settled = c.settle_ns / c.block_ns
         return self.calibration.allowed(c.budget, c.least_a_day, self._blocks_a_day, settled, untried)
 
@@ -109,37 +110,113 @@ class Alarms:
 
         misplaced f8[c]: how much first meetings are out of place, 0 to 1 (NaN: not asked, or not ready).
         """
+        self._enter(now_ns)
+        self.steps += 1
+        self.contacts_seen += len(contacts)
+        told: list[Finding] = []
+        for begin in range(0, max(1, len(contacts)), PIECE):
+            part = slice(begin, begin + PIECE)
+            some = contacts if len(contacts) <= PIECE else contacts.some(begin, part.stop)
+            told += self._look([now_ns], some, np.array([0, len(some)]), looked.some(part), misplaced[part])
+        return told + self.episodes.close(now_ns)
+
+    def step_each(
+        self, ends_ns: Sequence[int], windows: Contacts, looked: ContactTerms, misplaced: Array, hosts: UInt64,
+        of_hosts: Sequence[int],
+    ) -> tuple[list[Finding], Array]:  # fmt: skip
+        """`step` of each of `windows`, that are each all of the pane that ends at its time of `ends_ns`, and after it
+        `take_p_values` of its hosts[of_hosts[k]:of_hosts[k + 1]]. It says the same, but many are looked at together."""
+        told, p, k = list[Finding](), np.empty(len(hosts)), 0
+        while k < len(ends_ns):
+            end = self._together(ends_ns, windows.offsets, k)
+            part = slice(int(windows.offsets[k]), int(windows.offsets[end]))
+            these = windows.some(part.start, part.stop), looked.some(part), misplaced[part]
+            theirs = slice(of_hosts[k], of_hosts[end])
+            if end == k + 1:
+                told += self.step(ends_ns[k], *these)
+                p[theirs] = self.take_p_values(hosts[theirs])
+            else:
+                self.steps += end - k
+                self.contacts_seen += len(these[0])
+                offsets, asked = (np.asarray(o[k : end + 1]) - o[k] for o in (windows.offsets, of_hosts))
+                told += self._look(ends_ns[k:end], these[0], offsets, *these[1:], hosts[theirs], asked, p[theirs])
+                told += self.episodes.close(ends_ns[end - 1])
+            k = end
+        return told, p
+
+    def _enter(self, now_ns: int) -> None:
+        """A pane that ends at now_ns comes."""
         if self._origin_ns is None:
             self._origin_ns = (now_ns - 1) // self.config.pane_ns * self.config.pane_ns
         block = (now_ns - 1) // self._block_ns
         if block > self._block:
             self._roll(block)
-        self.steps += 1
-        self.contacts_seen += len(contacts)
-        told: list[Finding] = []
-        if len(contacts) <= PIECE:
-            told += self._look(now_ns, contacts, looked, misplaced)
-        else:
-            for begin in range(0, len(contacts), PIECE):
-                part = slice(begin, begin + PIECE)
-                told += self._look(now_ns, contacts.some(begin, part.stop), looked.some(part), misplaced[part])
-        return told + self.episodes.close(now_ns)
 
-    def _look(self, now_ns: int, contacts: Contacts, looked: ContactTerms, misplaced: Array) -> list[Finding]:
-        """Findings created or updated by contacts of a pane, no more than a `PIECE` of them."""
+    def _together(self, ends_ns: Sequence[int], offsets: Array, k: int) -> int:
+        """Panes k to the one that it returns can be looked at together: within a block that is not the first, and as
+        few contacts as one thread looks at and memory has room for."""
+        self._enter(ends_ns[k])
         assert self._origin_ns is not None
-        # Two looks at one time would be one touch: the later one counts as a moment later.
-        self._now = now = max((now_ns - self._origin_ns) / 1e9, self._now + 1e-6)
+        if self.memory.crowded(self.config.max_keys, THREADED) or not self._tried((ends_ns[k] - self._origin_ns) / 1e9):
+            return k + 1
+        few = int(np.searchsorted(offsets, offsets[k] + THREADED)) - 1
+        return max(k + 1, min(few, bisect_right(ends_ns, (self._block + 1) * self._block_ns, k)))
+
+    def _look(
+        self, ends_ns: Sequence[int], contacts: Contacts, offsets: Array, looked: ContactTerms, misplaced: Array,
+        hosts: UInt64 = NOBODY, of_hosts: Array | None = None, p: Array | None = None,
+    ) -> list[Finding]:  # fmt: skip
+        """Findings created or updated by contacts of panes, no more than a `PIECE` of them, and closed before the last.
+
+        Contacts offsets[k]:offsets[k + 1] are of the pane that ends at ends_ns[k]; p f8[·] is written of hosts.
+        """
+        assert self._origin_ns is not None
+        now, nows = self._now, list[float]()
+        for end_ns in ends_ns:
+            # Two looks at one time would be one touch: the later one counts as a moment later.
+            nows.append(now := max((end_ns - self._origin_ns) / 1e9, now + 1e-6))
+        self._now = nows[0]
         if not len(contacts):
             return []
         if self.memory.crowded(self.config.max_keys):
             self._forget()
-        found, values = self._measure(now, contacts, looked, np.ascontiguousarray(misplaced, np.float64))
-        if not len(found):
-            return []
-        told = self.episodes.offer(now_ns, self._offers(contacts, found, values), self.allowed)
-        self._note(self.episodes)
+        watch = Watch(
+            self.memory, contacts, offsets, looked, misplaced, block=self._block, origin_ns=self._origin_ns,
+            internal=self.internal, thread=self._thread,
+        )  # fmt: skip
+        asked = self.memory.hosts.table.find(hosts)
+        of_hosts = np.zeros(len(nows) + 1, np.int64) if of_hosts is None else of_hosts
+        panes = Panes(np.array(nows), asked, of_hosts)
+        told, done = list[Finding](), 0
+        while done < len(nows):
+            self._now = nows[done]
+            seen = watch.look(done, panes, self._rules(watch), self._log, np.empty(0) if p is None else p)
+            for active, new in zip(self._active, (seen.sources, seen.targets), strict=True):
+                active.append(new)
+            for end_ns in ends_ns[done : seen.done - 1]:
+                told += self.episodes.close(end_ns)
+            last, done = seen.done - 1, seen.done
+            self._now = nows[last]
+            if len(seen.found):
+                seen.found[:, 2] += offsets[last]
+                offers = self._offers(contacts, seen.found, seen.values)
+                told += self.episodes.offer(ends_ns[last], offers, self.allowed)
+                self._note(self.episodes)
+            if done < len(nows):
+                told += self.episodes.close(ends_ns[last])
+        if p is not None and self._ready_at < 0:
+            p[:] = np.nan
         return told
+
+    def _rules(self, watch: Watch) -> Rules:
+        """By what the panes are judged that come next."""
+        scale = self.config.time_scale
+        return Rules(
+            self._parameters, self._floors, self._open if self.tried else self._open & an.FIRST,
+            self._allowed(0 if self.tried else watch.newly_active()), self._block_ns / 1e9, scale,
+            max(GRANDFATHERED / scale, self._ready_at if self._ready_at >= 0 else np.inf),
+            self._tau, self._span, self._fade,
+        )  # fmt: skip
 
     def _note(self, e: Episodes) -> None:
         """Findings that have begun count against their analytics' p-values, until another family bears them out."""
@@ -193,106 +270,6 @@ class Alarms:
             self._log.follow(moved)
             for parts in self._active:
                 parts[:] = (at[at >= 0] for at in [moved[part].astype(np.int64) for part in parts])
-
-    def _measure(self, now: float, c: Contacts, looked: ContactTerms, misplaced: Array) -> tuple[Array, Array]:
-        """Raise every level and judge it: found i64[·, 5], values f8[·, 4] as `judgement.judge` writes them."""
-        n, m, config = len(c), self.memory, self.config
-        service, told = np.ascontiguousarray(c.service), np.ascontiguousarray(c.told)
-        slots, keys, before = np.empty((6, n), np.int32), np.empty((6, n), np.uint64), len(m.hosts.table)
-        levels.all_keys(c.hosts.hash, c.src, c.dst, service, keys)
-        stores = m.hosts, m.services, m.pairs, m.contacts, m.codes
-        into, of = ([both[:2].reshape(-1), *both[2:]] for both in (slots, keys))
-
-        def find(*which: int) -> None:
-            Store.slots_each([stores[k] for k in which], [of[k] for k in which], [into[k] for k in which], self._block)
-
-        if n < THREADED:
-            find(*range(len(stores)))
-        else:
-            self._both(n, lambda: find(0, 1, 4), lambda: find(2, 3))
-        h = m.hosts.arrays
-        if len(m.hosts.table) > before:
-            h["born"][before : len(m.hosts.table)] = now
-            m.name_hosts(before, slots[:2], c, self.internal)
-        born = (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"])
-        cells = tuple(s.arrays["cells"].reshape(-1) for s in stores[:4])
-        past = tuple(s.arrays["past"].reshape(-1, PAST) for s in stores[:4])
-        best = tuple(h[name] for name in _BEST)
-        known, counts, sent = np.empty((3, n), np.bool_), np.empty((3, n), np.int32), np.empty(n, np.int64)
-        levels.facts(
-            looked.known, looked.pair_known, looked.service_known, c.flows, c.answered, c.failed,
-            c.bytes_fwd, c.bytes_rev, known, counts, sent,
-        )  # fmt: skip
-        fresh, active = np.empty((n, 3), np.bool_), np.empty((2, n), np.int64)
-        shared, surprise = (np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss))
-
-        def register() -> int:
-            sources, targets, news = levels.register(
-                slots, counts[2], known, h["born"], born, h["active"], now, self._block, fresh, active
-            )
-            self._active[0].append(active[0, :sources].copy())  # of much room little is taken
-            self._active[1].append(active[1, :targets].copy())
-            return int(news)
-
-        news, strength = self._both(n, register, lambda: self._beats(c, slots, looked))
-        # Who logs in by the clock is a program; whether its beat is a beacon's is asked elsewhere.
-        tries = np.where(m.contacts.arrays["beat"][slots[4], beacon.REGULAR] > 0.0, 0.0, c.tries)
-        what = service, counts, told, sent, tries, shared, fresh, surprise, misplaced
-        levels.remember(
-            slots, *what, c.first_ns, c.last_ns, h["inside"], now, news, self._log.inc, self._log.meta, self._log.at,
-        )  # fmt: skip
-        scale, step, kinds = config.time_scale, self._block_ns / 1e9, (an.COLUMN, an.KIND, an.WIDTH)
-        usual = uploads.usual(
-            slots, sent, shared, cells[2], past[2], h["inside"], h["born"], h["received"], h["received_past"],
-            self._tau[an.DRIP], self._span[an.DRIP], step, self._fade[an.DRIP], now,
-        )  # fmt: skip
-        allowed, open_ = self.allowed, self._open if self.tried else self._open & an.FIRST
-
-        def judged(part: int, parts: int) -> tuple[Array, Array]:
-            touched = np.empty((n * levels.A + n, 3), np.int32)
-            raised = levels.raise_levels(
-                part, parts, slots, *what, usual, cells, past, h["born"], h["inside"], h["record"],
-                self._tau, self._span, step, *kinds, an.IS_TARGET, self._fade, now, touched,
-            )  # fmt: skip
-            raised = levels.set_statistic(
-                part, parts, slots[0], cells[3], slots[4], strength, an.BEACON, 1, 0, now, touched, raised
-            )
-            found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
-            count = judge(
-                touched, raised, slots, service, cells, past, h["born"], born, h["record"], *self._parameters,
-                self._floors, self._tau, self._span, step, *kinds, an.FAMILY, an.IS_TARGET,
-                np.arange(levels.A) == an.BEACON, an.LEARNS, an.LEAST, an.SHARE, an.JOINT, open_, best, h["causes"],
-                h["excluded"], h["smallest"], self._fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed,
-                found, values,
-            )  # fmt: skip
-            return found[:count], values[:count]
-
-        if n < THREADED:
-            return judged(0, 1)
-        mine, theirs = self._both(n, lambda: judged(0, 2), lambda: judged(1, 2))
-        return np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
-
-    def _both(self, size: int, first: Callable[[], _First], second: Callable[[], _Second]) -> tuple[_First, _Second]:
-        """Two things that do not depend on each other: at once where that is worth a second thread."""
-        if size < THREADED:
-            return first(), second()
-        other = self._thread.submit(second)
-        return first(), other.result()
-
-    def _beats(self, c: Contacts, slots: Array, looked: ContactTerms) -> Array:
-        """Strength f8[c] of the beat of each contact's key, after the pane's contacts."""
-        m, scale = self.memory, self.config.time_scale
-        assert self._origin_ns is not None
-        strength = np.empty(len(c))
-        settled = max(GRANDFATHERED / scale, self._ready_at if self._ready_at >= 0 else np.inf)
-        beacon.beats(
-            slots[4], slots[5], (c.first_ns - self._origin_ns) / 1e9, np.log1p(c.bytes_fwd / c.flows),
-            np.ascontiguousarray(looked.sources, np.float64), m.contacts.arrays["visits"],
-            m.contacts.arrays["beat"], m.codes.arrays["tally"],
-            m.contacts.arrays["born"], np.maximum(settled, m.hosts.arrays["born"][slots[0]] + GRANDFATHERED / scale),
-            scale, strength,
-        )  # fmt: skip
-        return strength
 
     def _offers(self, c: Contacts, found: Array, values: Array) -> list[Offer]:
         """The smallest p of each host and analytic, as offers to the episodes."""

@@ -188,9 +188,9 @@ class Memory:
             arrays["name"][which] = names.to_numpy(zero_copy_only=False)
         arrays["inside"][which] = some_inside(internal, c.hosts, index)
 
-    def crowded(self, max_keys: int) -> bool:
-        """Whether a flood has to be forgotten before its block is over."""
-        return max(self.sizes().values()) > CROWDED * max_keys
+    def crowded(self, max_keys: int, more: int = 0) -> bool:
+        """Whether a flood has to be forgotten before its block is over; or would, after so many `more` contacts."""
+        return max(self.sizes().values()) + 2 * more > CROWDED * max_keys
 
     def forget(self, max_keys: int) -> npt.NDArray[np.int32] | None:
         """Keep about to `max_keys` of each table. Returns the new slot of each old one of hosts, None if none moved."""

@@ -132,13 +132,18 @@ class Detector:
         first, hosts = scores.known == 0, flows.hosts.hash[scores.host]
         tails, p_values, found = np.full(len(run), np.nan), np.empty(len(hosts)), list[Finding]()
         of_hosts = [*np.searchsorted(scores.window, run.windows).tolist(), len(hosts)]
-        for k, end_ns in enumerate(ends_ns):
+        misplaced = np.empty(len(run))
+        for k in range(len(ends_ns)):
             part = slice(int(run.offsets[k]), int(run.offsets[k + 1]))
             seen, fresh = run.slice(k), first[part]
-            found += self.alarms.step(end_ns, seen, scores.looked.some(part), self._misplaced(seen, fresh))
+            misplaced[part] = self._misplaced(seen, fresh)
+            if self.alarms.witness is not None:  # who tells what the graph knows now, before it learns more
+                theirs = slice(of_hosts[k], of_hosts[k + 1])
+                found += self.alarms.step(ends_ns[k], seen, scores.looked.some(part), misplaced[part])
+                p_values[theirs] = self.alarms.take_p_values(hosts[theirs])
             tails[part] = self._meet(seen, fresh)
-            theirs = slice(of_hosts[k], of_hosts[k + 1])
-            p_values[theirs] = self.alarms.take_p_values(hosts[theirs])
+        if self.alarms.witness is None:
+            found, p_values = self.alarms.step_each(ends_ns, run, scores.looked, misplaced, hosts, of_hosts)
         return found, ClosedWindows(flows, run, scores, tails, p_values)
 
     def _meet(self, window: Contacts, first: npt.NDArray[np.bool_]) -> Float64:

@@ -28,12 +28,26 @@ def key_hashes(source, target, service, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def all_keys(hashes, src, dst, service, out):  # type: ignore[no-untyped-def]
-    """Keys u64[6, c] of the source, the target, then as `key_hashes`, and of the service; src, dst i32[c] in hashes."""
+def all_keys(hashes, src, dst, service, offsets, ends, out):  # type: ignore[no-untyped-def]
+    """Keys u64[2·c] of hosts, pane by pane its sources and then its targets; u64[4, c] as `key_hashes`, and of the
+    service. src, dst i32[c] are indices into hashes, contacts offsets[k]:offsets[k + 1] a pane.
+    """
+    source, target = np.empty(len(src), np.uint64), np.empty(len(src), np.uint64)
+    for k in range(len(offsets) - 1):
+        for i in range(offsets[k], offsets[k + 1]):
+            source[i] = ends[offsets[k] + i] = hashes[src[i]]
+            target[i] = ends[offsets[k + 1] + i] = hashes[dst[i]]
     for i in range(len(src)):
-        out[0, i], out[1, i] = hashes[src[i]], hashes[dst[i]]
-        out[5, i] = (np.uint64(service[i]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    key_hashes(out[0], out[1], service, out[2:5])
+        out[3, i] = (np.uint64(service[i]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    key_hashes(source, target, service, out[:3])
+
+
+@numba.njit(cache=True, nogil=True)
+def both_ends(ends, offsets, out):  # type: ignore[no-untyped-def]
+    """Slots i32[2·c] of hosts in the order of `all_keys` as those of sources and of targets, i32[2 or more, c]."""
+    for k in range(len(offsets) - 1):
+        for i in range(offsets[k], offsets[k + 1]):
+            out[0, i], out[1, i] = ends[offsets[k] + i], ends[offsets[k + 1] + i]
 
 
 @numba.njit(cache=True, nogil=True)

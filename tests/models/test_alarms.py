@@ -9,12 +9,28 @@ import numpy as np
 import pytest
 
 from flowsage.collector.errors import ConfigurationError
+from flowsage.graph.build import contacts
+from flowsage.graph.flows import from_table
 from flowsage.models import analytics as an
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.episodes import Episodes, Offer
 from flowsage.models.explain import Explained
 from flowsage.models.finding import Finding
-from tests.models.alarm_streams import CLIENTS, FILES, LAB, MISBEHAVIOURS, SSH, START, Row, S, Watch, office
+from flowsage.models.history import History
+from tests.models.alarm_streams import (
+    CLIENTS,
+    FILES,
+    LAB,
+    MISBEHAVIOURS,
+    PANE,
+    SSH,
+    START,
+    Row,
+    S,
+    Watch,
+    office,
+    table,
+)  # fmt: skip
 
 BEGIN = 126.0
 """Seconds of calibration before a misbehaviour: two minutes of the lab."""
@@ -167,6 +183,33 @@ def test_a_smaller_budget_raises_no_more():
 def test_two_runs_say_the_same():
     rows, _ = scene("worm")
     assert Watch(LOUD).run(rows, BEGIN + 30) == Watch(LOUD).run(rows, BEGIN + 30)
+
+
+def test_panes_that_are_looked_at_together_say_what_they_say_one_by_one():
+    rows, host = scene("worm")
+    again = MISBEHAVIOURS["exfiltration"][0](BEGIN + 75, np.random.default_rng(1))
+    rows = [row for row in rows if row[0] < BEGIN + 20] + again
+    flows = from_table(table(sorted(rows)))
+    panes = contacts(flows, PANE)
+    scores = History().score(flows, panes, looked=True)
+    looked, blank, hosts = scores.looked, np.full(len(panes), np.nan), flows.hosts.hash[scores.host]
+    assert looked is not None
+    ends = ((panes.windows + 1) * PANE).tolist()
+    of_hosts = [*np.searchsorted(scores.window, panes.windows).tolist(), len(hosts)]
+    one, many = Alarms(LOUD), Alarms(LOUD)
+    said, p = [], []
+    for k, end in enumerate(ends):
+        part = slice(*panes.offsets[k : k + 2])
+        said += one.step(end, panes.slice(k), looked.some(part), blank[part])
+        p.append(one.take_p_values(hosts[slice(*of_hosts[k : k + 2])]))
+    together, smallest = many.step_each(ends, panes, looked, blank, hosts, of_hosts)
+    assert together == said
+    assert {"create", "close"} <= {f.activity for f in said}
+    assert host in {f.host for f in said}
+    assert np.array_equal(smallest, np.concatenate(p), equal_nan=True)
+    (arrays, values), (others, other_values) = one.state(), many.state()
+    assert values == other_values
+    assert all(np.array_equal(a, others[name], equal_nan=a.dtype.kind == "f") for name, a in arrays.items())
 
 
 def test_a_saved_watch_goes_on_bit_for_bit():

@@ -44,11 +44,12 @@ def test_the_first_half_is_scored_the_same_whatever_follows() -> None:
         assert np.array_equal(a.p_values, b.p_values, equal_nan=True)
 
 
-@pytest.mark.parametrize("undirected", [False, True])
-def test_windows_that_come_whole_are_told_the_same_together_as_one_by_one(undirected: bool) -> None:
+@pytest.mark.parametrize(("undirected", "testimony"), [(False, False), (False, True), (True, False)])
+def test_windows_that_come_whole_are_told_the_same_together_as_one_by_one(undirected: bool, testimony: bool) -> None:
     batch = dataclasses.replace(flows(), told=np.ones(6_000, np.bool_))
     alarms = dataclasses.replace(DetectorConfig().alarms, time_scale=15.0)
-    config = DetectorConfig(meeting=EARLY, alarms=alarms, history=HistoryConfig(undirected=undirected, max_keys=300))
+    history = HistoryConfig(undirected=undirected, max_keys=300)
+    config = DetectorConfig(meeting=EARLY, alarms=alarms, history=history, testimony=testimony)
     single, together = Detector(config), Detector(config)
     windows = batch.start_ns // WINDOW_NS
     found, closed = [], []
