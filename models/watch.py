@@ -130,7 +130,8 @@ class Watch:
         else:
             self._both(lambda: find(0, 1, 4), lambda: find(2, 3))
         levels.both_ends(ends, offsets, self._slots)
-        if len(m.hosts.table) > before:
+        self._new = slice(before, len(m.hosts.table))
+        if self._new.stop > before:
             m.name_hosts(before, self._slots[:2], c, internal)
         known, counts, sent = np.empty((3, n), np.bool_), np.empty((3, n), np.int32), np.empty(n, np.int64)
         levels.facts(
@@ -183,9 +184,7 @@ class Watch:
         known, tries, first, size, first_ns, last_ns = self._more
         _, counts, _, _, shared, _, _ = self._what
         fresh = np.empty((n, 3), np.bool_)
-        born = keyed[HOSTS][0]
-        newcomers = slots[:2][born[slots[:2]] < 0.0]
-        born[newcomers] = now  # before beats ask for it
+        keyed[HOSTS][0][self._new] = now  # births, before beats ask for them
         (sources, targets, news), strength = self._both(
             lambda: _register(slots, counts, known, keyed, now, self._block, fresh, active),
             lambda: _strength(slots, first, size, shared, keyed, by),
