@@ -77,6 +77,8 @@ class Analytic:
 TABLE: tuple[Analytic, ...] = (
     Analytic("burst", "volume", "source", SERVICE, MINUTE, None, "flows",
              "{host} opened {observed} flows on {service} in {span}", 40, True),
+    Analytic("chatter", "volume", "source", SERVICE, 4 * HOUR, None, "flows",
+             "{host} opened {observed} flows on {service} in {span}", 200, True),
     Analytic("fan", "scan", "source", HOST, MINUTE, "T1018", "new peers",
              "{host} met {observed} new peers{on} in {span}", 8),
     Analytic("sweep", "scan", "source", SERVICE, 4 * HOUR, "T1046", "new peers, failed ones in full",
@@ -114,6 +116,7 @@ NAMES = tuple(a.name for a in TABLE)
 FAMILIES = tuple(dict.fromkeys(a.family for a in TABLE))
 (
     BURST,
+    CHATTER,
     FAN,
     SWEEP,
     PORTS,
@@ -138,7 +141,11 @@ COLUMN = np.array([sum(b.kind == a.kind for b in TABLE[:i]) for i, a in enumerat
 """Position of an analytic among those of its kind."""
 SHARE = np.array(
     [
-        {"beacon": 0.2, **dict.fromkeys(("sweep", "guess", "fail", "exfil", "meeting"), 0.15)}.get(a.name, 0.075)
+        {
+            "beacon": 0.2,
+            "chatter": 0.04,
+            **dict.fromkeys(("sweep", "guess", "fail", "exfil", "meeting"), 0.15),
+        }.get(a.name, 0.075)
         for a in TABLE
     ]
 )
@@ -146,7 +153,7 @@ SHARE = np.array(
 ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
 minute, so a beat, a slow scan (of one service, or of many) and slow guessing need larger shares, and the others hardly
 miss them. So does an upload: bytes have the heaviest tail of all; and peers who are out of place, of whom there are
-few."""
+few. What chatters is told by its burst as well, or goes on for hours: half a share is enough."""
 EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan-in" for a in TABLE])
 """Raised after the first block: no habit is needed to tell them."""
 FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a in TABLE])
@@ -207,6 +214,9 @@ def contributions(  # type: ignore[no-untyped-def]
     protocol = protocol_of(service)
     failed = failed if protocol in (TCP, UNKNOWN) else 0
     out[BURST] = flows
+    # Where services are not known, that a host does much for hours says no more than that it works.
+    if port_part(service) >= 0:
+        out[CHATTER] = flows
     out[FAIL] = failed
     if new_pair:
         out[FAN] = 1.0

@@ -266,6 +266,7 @@ def _told(a: Analytic, added: Array, service: int, flows: int, beat: tuple[float
 
 PIECES = {
     "burst": "{flows} on {on}",
+    "chatter": "{flows} on {on}",
     "fan": "first meeting, on {on}",
     "fan-in": "first meeting, on {on}",
     "ports": "first use of {on} there",

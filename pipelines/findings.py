@@ -32,6 +32,7 @@ SEVERITIES = ("Unknown", "Informational", "Low", "Medium", "High", "Critical")
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp", 132: "sctp"}
 TITLES = {
     "burst": "Burst of flows on one service",
+    "chatter": "Many flows on one service, for hours",
     "fan": "Many new peers",
     "sweep": "Sweep of one service over many hosts",
     "ports": "Scan of one host's ports",

@@ -23,7 +23,7 @@ from tests.evaluate.passes import DEFAULT
 MOST, RATE_AT, MEAN_AT = 1_000.0, (1.0, 500.0), (1.5, 3.0)
 """Host-blocks that one file may count; what stands in front of the rates, and of the mean excesses."""
 
-LEFT_OUT = {"guess": ("darpa98", "westermo", "rita_beacon")}
+LEFT_OUT = {"guess": ("darpa98", "westermo", "rita_beacon"), "chatter": ("darpa98", "westermo")}
 """Files that say nothing of an analytic: no ports, or what it is to find is labelled benign (`models/prior.py`)."""
 
 AGELESS = ("exfil", "drip")

@@ -80,6 +80,16 @@ def test_who_logs_in_often_for_a_harmless_reason_guesses_no_password(name):
     assert [f.sentence for f in created(Watch(LOUD).run(rows, BEGIN + 60)) if f.analytic == "guess"] == []
 
 
+def test_what_asks_a_familiar_service_far_more_often_for_hours_is_raised_though_no_minute_of_it_is_a_burst():
+    day = an.DAY / LAB.time_scale + 60
+    often = np.arange(day, day + 200, 1 / 3.0).tolist()
+    rows = office(day + 200, 1) + [(t, CLIENTS[5], FILES, 445, 1, 160, 300) for t in often]
+    told = created(Watch(LOUD).run(rows, day + 200))
+    assert [(f.host, f.peer, f.analytic) for f in told if f.alarm_ns > START + day * S] == [
+        (CLIENTS[5], FILES, "chatter")
+    ]
+
+
 def test_ten_minutes_without_misbehaviour_raise_at_most_one_host():
     for seed in (0, 1, 2):
         hosts = {f.host for f in created(Watch(LOUD).run(office(720, seed), 720))}
