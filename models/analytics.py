@@ -95,6 +95,8 @@ TABLE: tuple[Analytic, ...] = (
              "{host} sent {peer} {observed} more than it received in {span}", 5e5, True, BYTES_SCALE),
     Analytic("drip", "exfiltration", "source", PAIR, 4 * HOUR, "T1030", "bytes",
              "{host} sent {peer} {observed} more than it received in {span}", 2e5, True, BYTES_SCALE),
+    Analytic("haul", "collection", "source", SERVICE, HOUR, "T1039", "bytes",
+             "{host} moved {observed} within the network on {service} in {span}", 5e7, True, BYTES_SCALE),
     Analytic("flood", "flood", "target", HOST, HOUR, "T1498", "flows",
              "{host} was sent {observed} flows{on} in {span}", 120, True),
     Analytic("fan-in", "flood", "target", HOST, HOUR, "T1498", "new sources",
@@ -125,6 +127,7 @@ FAMILIES = tuple(dict.fromkeys(a.family for a in TABLE))
     LATERAL,
     EXFIL,
     DRIP,
+    HAUL,
     FLOOD,
     FAN_IN,
     FAIL_IN,
@@ -143,7 +146,7 @@ SHARE = np.array(
     [
         {
             "beacon": 0.2,
-            "chatter": 0.04,
+            **dict.fromkeys(("chatter", "haul"), 0.04),
             **dict.fromkeys(("sweep", "guess", "fail", "exfil", "meeting"), 0.15),
         }.get(a.name, 0.075)
         for a in TABLE
@@ -153,7 +156,8 @@ SHARE = np.array(
 ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
 minute, so a beat, a slow scan (of one service, or of many) and slow guessing need larger shares, and the others hardly
 miss them. So does an upload: bytes have the heaviest tail of all; and peers who are out of place, of whom there are
-few. What chatters is told by its burst as well, or goes on for hours: half a share is enough."""
+few. For what goes on for
+hours, or is more than anybody ever moved, half a share is enough."""
 EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan-in" for a in TABLE])
 """Raised after the first block: no habit is needed to tell them."""
 FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a in TABLE])
@@ -191,6 +195,7 @@ def contributions(  # type: ignore[no-untyped-def]
     failed,
     told,
     sent,
+    moved,
     tries,
     sources,
     inside,
@@ -203,11 +208,11 @@ def contributions(  # type: ignore[no-untyped-def]
 ):
     """What one contact adds to the level of each analytic: out f8[A].
 
-    service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; tries: sessions
-    that may be no more than a guess (`Contacts.tries`); sources: distinct ones of (target, service); inside: (source,
-    target) are internal; new_*: the pair, the contact (source, target, service), the source's use of the service was
-    never counted before; surprise: C_ss, nats; misplaced: how much the first meeting is out of place, 0 to 1,
-    NaN where not asked.
+    service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; moved: bytes out +
+    in; tries: sessions that may be no more than a guess (`Contacts.tries`); sources: distinct ones of (target,
+    service); inside: (source, target) are internal; new_*: the pair, the contact (source, target, service), the
+    source's use of the service was never counted before; surprise: C_ss, nats; misplaced: how much the first meeting is
+    out of place, 0 to 1, NaN where not asked.
     """
     out[:] = 0.0
     # A handshake that fails says something; silence where there is none (Zeek's S0 of UDP) does not: many never reply.
@@ -241,8 +246,10 @@ def contributions(  # type: ignore[no-untyped-def]
     if new_service:
         out[NOVELTY] = min(SURPRISE_MOST, max(0.0, surprise - SURPRISE))
     out[GUESS] = tries
+    if inside[0] and inside[1] and not is_reversed(service):
+        out[HAUL] = moved / BYTES_SCALE
     if inside[0] and sent > 0:
-        # What is sent within the network is a copy; what a host sends outside is judged by what it has sent outside
-        # before. Where others send to as well is less of a secret: a cloud, a mail relay.
+        # What is sent within the network is a copy, and counts as a haul; what a host sends outside is judged by what
+        # it has sent outside before. Where others send to as well is less of a secret: a cloud, a mail relay.
         out[EXFIL] = 0.0 if inside[1] else sent / BYTES_SCALE / min(SHARED_MOST, max(1.0, sources))
         out[DRIP] = out[EXFIL]

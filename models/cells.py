@@ -65,7 +65,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "visits": ((2,), "f8", 0.0),
         "beat": ((beacon.COLUMNS,), "f4", 0.0),
     },
-    "codes": {"tally": ((2,), "f8", 0.0)},
+    "codes": {"tally": ((2,), "f8", 0.0), "moved": ((), CELL, 0.0), "moved_past": ((PAST,), "f8", 0.0)},
 }
 """Arrays of each table: shape of a slot's part, dtype, and what an unused slot holds."""
 

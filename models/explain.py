@@ -276,6 +276,7 @@ PIECES = {
     "lateral": "first meeting, on {on}",
     "exfil": "{value} more sent than received on {on}",
     "drip": "{value} more sent than received on {on}",
+    "haul": "{value} moved on {on}",
     "flood": "{flows} on {on}",
 }
 """What one piece of evidence says, where it is a count."""

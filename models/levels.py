@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.analytics import BURST, DOUBLES, DRIP, EXFIL, FAMILIES, FLOOD, STEADY, TABLE, contributions
+from flowsage.models.analytics import BURST, DOUBLES, DRIP, EXFIL, FAMILIES, FLOOD, HAUL, STEADY, TABLE, contributions
 from flowsage.models.keys import AHEAD, mix
 from flowsage.models.prior import GROUPS
 from flowsage.models.records import first_span, touch
@@ -51,13 +51,13 @@ def both_ends(ends, offsets, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def facts(known, pair_known, service_known, flows, answered, failed, fwd, rev, knows, counts, sent):  # type: ignore[no-untyped-def]
+def facts(known, pair_known, service_known, flows, answered, failed, fwd, rev, knows, counts, sent, moved):  # type: ignore[no-untyped-def]
     """What kernels want of contacts: knows bool[3, c] (the contact, the pair, the source's use of the service), counts
-    i32[3, c] (flows, answered, failed) and bytes sent i64[c], those received taken off."""
+    i32[3, c] (flows, answered, failed) and bytes: sent i64[c] less those received, and moved i64[c], both ways."""
     for i in range(len(flows)):
         knows[0, i], knows[1, i], knows[2, i] = known[i] > 0, pair_known[i] > 0, service_known[i] > 0
         counts[0, i], counts[1, i], counts[2, i] = flows[i], answered[i], failed[i]
-        sent[i] = fwd[i] - rev[i]
+        sent[i], moved[i] = fwd[i] - rev[i], fwd[i] + rev[i]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -102,6 +102,7 @@ def remember(  # type: ignore[no-untyped-def]
     counts,
     told,
     sent,
+    moved,
     tries,
     sources,
     fresh,
@@ -131,8 +132,8 @@ def remember(  # type: ignore[no-untyped-def]
             continue
         source, target = slots[0, i], slots[1, i]
         both[0], both[1] = inside[source], inside[target]
-        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], tries[i], 1.0, both,
-                      fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
+        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], moved[i], tries[i], 1.0,
+                      both, fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
         at = which * half + log_at[which] % half
         log_at[which] += 1
         log_meta[at, 0], log_meta[at, 1], log_meta[at, 2] = source, target, service[i]
@@ -143,16 +144,16 @@ def remember(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def raise_levels(  # type: ignore[no-untyped-def]
-    part, parts, slots, service, counts, told, sent, tries, sources, fresh, surprise, misplaced,
-    usual, cells, past, host_born, inside, host_record,
+    part, parts, slots, service, counts, told, sent, moved, tries, sources, fresh, surprise, misplaced,
+    usual, highest, cells, past, host_born, inside, host_record,
     tau, span, step, column, kind, width, is_target, fade, now, touched,
 ):  # fmt: skip
     """Every contact once into every level that it raises, as far as the level's host is of this part.
 
-    A level belongs to its host, source or target, and hosts are dealt out by slot: parts share no cell.
-    slots i32[5, c]: source and target host, (source, service), pair, contact. counts i32[3, c]: flows, answered,
-    failed. usual f8[c]: `uploads.usual`. cells (`records.CELL`) [·], past f8[·, 3] of each kind. Writes touched
-    i32[·, 3] (analytic, row, contact); returns how many.
+    A level belongs to its host, source or target, and hosts are dealt out by slot: parts share no cell. slots i32[5,
+    c]: source and target host, (source, service), pair, contact. counts i32[3, c]: flows, answered, failed. usual,
+    highest f8[c]: `uploads.usual`, `peaks.highest`. cells (`records.CELL`) [·], past f8[·, 3] of each kind. Writes
+    touched i32[·, 3] (analytic, row, contact); returns how many.
     """
     out, both, m = np.zeros(len(kind)), np.zeros(2, np.bool_), 0
     last = len(service) - 1
@@ -168,15 +169,16 @@ def raise_levels(  # type: ignore[no-untyped-def]
         if not (mine or theirs):
             continue
         both[0], both[1] = inside[source], inside[target]
-        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], tries[i], sources[i],
-                      both, fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
+        contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], moved[i], tries[i],
+                      sources[i], both, fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i],
+                      out)  # fmt: skip
         for a in range(len(kind)):
             if out[a] <= 0.0 or not (theirs if is_target[a] else mine):
                 continue
             owner = target if is_target[a] else source
             what = kind[a]
             row = np.int64(owner if what == 0 else slots[1 + what, i]) * width[what] + column[a]
-            beyond = usual[i] if a in (EXFIL, DRIP) else 0.0
+            beyond = usual[i] if a in (EXFIL, DRIP) else highest[i] if a == HAUL else 0.0
             if touch(
                 cells[what], past[what], row, now, tau[a], span[a], fade[a], host_record, owner, a, host_born[owner],
                 first_span(STEADY[a], host_born[owner], step), beyond,

@@ -25,6 +25,7 @@ from flowsage.models.cells import PAST, Memory, Store, by_group
 from flowsage.models.episodes import QUIET
 from flowsage.models.history_scores import ContactTerms
 from flowsage.models.judgement import judge, take_smallest
+from flowsage.models.peaks import highest, learn
 from flowsage.models.reasons import Log
 from flowsage.models.uploads import usual
 
@@ -38,11 +39,12 @@ GRANDFATHERED = 30 * an.MINUTE
 THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
 
-_BEACON, _DRIP, _JOINT = int(an.BEACON), int(an.DRIP), int(an.JOINT)
+_BEACON, _DRIP, _HAUL, _JOINT = (int(a) for a in (an.BEACON, an.DRIP, an.HAUL, an.JOINT))
 _DIRECT = np.arange(levels.A) == an.BEACON
-CELLS, PASTS, BORN, LARGEST, HOSTS, RECEIVED, BEATS = range(7)
+CELLS, PASTS, BORN, LARGEST, HOSTS, RECEIVED, BEATS, PEAKS = range(8)
 """What kernels get of the memory: cells and past of each kind of key, births of contacts, pairs and services, largest
-excesses by age group, then `_OF_HOSTS`, what all of ours send to a host, and what beats are told by."""
+excesses by age group, then `_OF_HOSTS`, what all of ours send to a host, what beats are told by, and
+the most that a host has moved on a service."""
 
 CHANCES, TIMES, BOUNDS = range(3)
 """What they get of `Rules`: by what p is told, [A] of each analytic, and numbers."""
@@ -133,15 +135,16 @@ class Watch:
         self._new = slice(before, len(m.hosts.table))
         if self._new.stop > before:
             m.name_hosts(before, self._slots[:2], c, internal)
-        known, counts, sent = np.empty((3, n), np.bool_), np.empty((3, n), np.int32), np.empty(n, np.int64)
+        known, counts = np.empty((3, n), np.bool_), np.empty((3, n), np.int32)
+        sent, moved = np.empty((2, n), np.int64)
         levels.facts(
             looked.known, looked.pair_known, looked.service_known, c.flows, c.answered, c.failed,
-            c.bytes_fwd, c.bytes_rev, known, counts, sent,
+            c.bytes_fwd, c.bytes_rev, known, counts, sent, moved,
         )  # fmt: skip
         shared, surprise, strange = (
             np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss, misplaced)
         )
-        self._what = service, counts, told, sent, shared, surprise, strange
+        self._what = service, counts, told, sent, moved, shared, surprise, strange
         first, size = (c.first_ns - origin_ns) / 1e9, np.log1p(c.bytes_fwd / c.flows)
         self._more = known, c.tries, first, size, c.first_ns, c.last_ns
 
@@ -163,6 +166,7 @@ class Watch:
             tuple(h[name] for name in _OF_HOSTS),
             (h["received"], h["received_past"]),
             (m.contacts.arrays["visits"], m.contacts.arrays["beat"], m.codes.arrays["tally"]),
+            (m.codes.arrays["moved"], m.codes.arrays["moved_past"]),
         )
         by = (*r.parameters, r.floors, r.open), (r.tau, r.span, r.fade), (r.block_s, r.scale, r.allowed, r.settled)
         logged = log.inc, log.meta, log.at
@@ -182,7 +186,7 @@ class Watch:
         n, now, slots = len(self._slots[0]), float(panes.now[k]), self._slots
         assert len(self._offsets) == 2
         known, tries, first, size, first_ns, last_ns = self._more
-        _, counts, _, _, shared, _, _ = self._what
+        _, counts, _, _, moved, shared, _, _ = self._what
         fresh = np.empty((n, 3), np.bool_)
         keyed[HOSTS][0][self._new] = now  # births, before beats ask for them
         (sources, targets, news), strength = self._both(
@@ -194,6 +198,7 @@ class Watch:
             lambda: _weigh(0, 2, slots, pane, strength, keyed, by, now),
             lambda: _weigh(1, 2, slots, pane, strength, keyed, by, now),
         )
+        learn(slots, moved, keyed[CELLS][1], keyed[PEAKS][0], now)
         found, values = np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
         asked = slice(int(panes.of_hosts[k]), int(panes.of_hosts[k + 1]))
         take_smallest(panes.hosts[asked], keyed[HOSTS][-1], p[asked])
@@ -210,7 +215,7 @@ def _look(  # type: ignore[no-untyped-def]
     k, nows, offsets, hosts, of_hosts, slots, what, more, keyed, by, block, log, active, p
 ):
     """See `Watch.look`: (panes done, active sources, active targets, found, values)."""
-    service, counts, told, sent, shared, surprise, misplaced = what
+    service, counts, told, sent, moved, shared, surprise, misplaced = what
     known, tries, first, size, first_ns, last_ns = more
     smallest, actives = keyed[HOSTS][6], np.zeros(2, np.int64)
     while True:
@@ -223,9 +228,12 @@ def _look(  # type: ignore[no-untyped-def]
         actives[0] += sources
         actives[1] += targets
         strength = _strength(mine, first[a:b], size[a:b], shared[a:b], keyed, by)
-        these = service[a:b], number, told[a:b], sent[a:b], shared[a:b], surprise[a:b], misplaced[a:b]
+        these = (
+            service[a:b], number, told[a:b], sent[a:b], moved[a:b], shared[a:b], surprise[a:b], misplaced[a:b],
+        )  # fmt: skip
         pane = _enter(mine, these, fresh, tries[a:b], first_ns[a:b], last_ns[a:b], keyed, by, now, news, log)
         found, values = _weigh(np.int64(0), np.int64(1), mine, pane, strength, keyed, by, now)
+        learn(mine, moved[a:b], keyed[CELLS][1], keyed[PEAKS][0], now)
         asked = hosts[of_hosts[k] : of_hosts[k + 1]]
         take_smallest(asked, smallest, p[of_hosts[k] : of_hosts[k + 1]])
         k += 1
@@ -256,7 +264,7 @@ def _strength(slots, first, size, shared, keyed, by):  # type: ignore[no-untyped
 @numba.njit(cache=True, nogil=True)
 def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, log):  # type: ignore[no-untyped-def]
     """A pane's contacts into the log and what is sent outside; returns what levels are raised by."""
-    service, counts, told, sent, shared, surprise, misplaced = what
+    service, counts, told, sent, moved, shared, surprise, misplaced = what
     born, inside, _, _, _, _, _ = keyed[HOSTS]
     received, received_past = keyed[RECEIVED]
     tau, span, fade = by[TIMES]
@@ -266,21 +274,24 @@ def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, l
         # Who logs in by the clock is a program; whether its beat is a beacon's is asked elsewhere.
         by_hand[i] = 0.0 if keyed[BEATS][1][slots[4, i], REGULAR] > 0.0 else tries[i]
     levels.remember(
-        slots, service, counts, told, sent, by_hand, shared, fresh, surprise, misplaced, first_ns, last_ns, inside,
-        now, news, log[0], log[1], log[2],
+        slots, service, counts, told, sent, moved, by_hand, shared, fresh, surprise, misplaced, first_ns, last_ns,
+        inside, now, news, log[0], log[1], log[2],
     )  # fmt: skip
     beyond = usual(
         slots, sent, shared, keyed[CELLS][2], keyed[PASTS][2], inside, born, received, received_past,
         tau[_DRIP], span[_DRIP], step, fade[_DRIP], now,
     )  # fmt: skip
-    return service, counts, told, sent, by_hand, shared, fresh, surprise, misplaced, beyond
+    most = highest(
+        slots, moved, keyed[PEAKS][0], keyed[PEAKS][1], inside, tau[_HAUL], span[_HAUL], step, fade[_HAUL], now
+    )
+    return service, counts, told, sent, moved, by_hand, shared, fresh, surprise, misplaced, beyond, most
 
 
 @numba.njit(cache=True, nogil=True)
 def _weigh(part, parts, slots, pane, strength, keyed, by, now):  # type: ignore[no-untyped-def]
     """Raise the levels of a part of a pane's hosts, and judge them."""
-    service, counts, told, sent, tries, shared, fresh, surprise, misplaced, beyond = pane
-    cells, past, births, best, of_hosts, _, _ = keyed
+    service, counts, told, sent, moved, tries, shared, fresh, surprise, misplaced, beyond, most = pane
+    cells, past, births, best, of_hosts, _, _, _ = keyed
     born, inside, _, record, causes, excluded, smallest = of_hosts
     rate, shape, scales, floors, open_ = by[CHANCES]
     tau, span, fade = by[TIMES]
@@ -288,8 +299,9 @@ def _weigh(part, parts, slots, pane, strength, keyed, by, now):  # type: ignore[
     n = len(service)
     touched = np.empty((n * levels.A + n, 3), np.int32)
     raised = levels.raise_levels(
-        part, parts, slots, service, counts, told, sent, tries, shared, fresh, surprise, misplaced, beyond, cells, past,
-        born, inside, record, tau, span, step, an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET, fade, now, touched,
+        part, parts, slots, service, counts, told, sent, moved, tries, shared, fresh, surprise, misplaced, beyond, most,
+        cells, past, born, inside, record, tau, span, step, an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET, fade, now,
+        touched,
     )  # fmt: skip
     raised = levels.set_statistic(
         part, parts, slots[0], cells[3], slots[4], strength, _BEACON, 1, 0, now, touched, raised

@@ -90,6 +90,17 @@ def test_what_asks_a_familiar_service_far_more_often_for_hours_is_raised_though_
     ]
 
 
+@pytest.mark.parametrize("usual", [False, True])
+def test_who_fetches_more_than_anybody_ever_did_from_a_service_is_raised_and_who_fetches_as_much_is_not(usual):
+    day = an.DAY / LAB.time_scale + 60
+    rows = office(day + 60, 1) + [(day + i, CLIENTS[5], FILES, 445, 1, 20_000, 90_000_000) for i in range(20)]
+    if usual:  # of a colleague, every hour of the day
+        rows += [(t, CLIENTS[6], FILES, 445, 1, 20_000, 1_500_000_000) for t in np.arange(30, day, 60.0).tolist()]
+    told = created(Watch(LOUD).run(rows, day + 60))
+    mine = [(f.peer, f.analytic) for f in told if f.host == CLIENTS[5] and f.alarm_ns > START + day * S]
+    assert mine == ([] if usual else [(FILES, "haul")])
+
+
 def test_ten_minutes_without_misbehaviour_raise_at_most_one_host():
     for seed in (0, 1, 2):
         hosts = {f.host for f in created(Watch(LOUD).run(office(720, seed), 720))}

@@ -214,11 +214,11 @@ def test_beats_do_not_depend_on_the_scale_of_time():
     assert strengths[0] > 1
 
 
-def added(service, inside, *, flows=1, failed=0, sent=0, sources=1.0, new=True, misplaced=np.nan):
+def added(service, inside, *, flows=1, failed=0, sent=0, moved=0, sources=1.0, new=True, misplaced=np.nan):
     """What one contact adds, by analytic; answered, but for what failed of it."""
     out = np.empty(len(an.TABLE))
     an.contributions(
-        service, flows, flows - failed, failed, True, sent, 0.0, sources, np.array(inside), new, new, new, 0.0,
+        service, flows, flows - failed, failed, True, sent, moved, 0.0, sources, np.array(inside), new, new, new, 0.0,
         misplaced, out,
     )  # fmt: skip
     return dict(zip(an.NAMES, out.tolist(), strict=True))
@@ -241,6 +241,17 @@ def test_bytes_count_less_where_others_send_to_and_not_at_all_within_the_network
     assert crowd == alone / an.SHARED_MOST
     assert added(HTTPS, (True, True), sent=1e6)["drip"] == 0
     assert added(HTTPS, (False, True), sent=1e6)["exfil"] == 0
+
+
+def test_what_is_moved_within_the_network_is_a_haul_either_way_but_of_answers():
+    assert added(HTTPS, (True, True), moved=3e6)["haul"] == 3e6 / an.BYTES_SCALE
+    assert added(HTTPS, (True, False), moved=3e6)["haul"] == added(HTTPS, (False, True), moved=3e6)["haul"] == 0
+    assert added((7 << 20) + 100_444, (True, True), moved=3e6)["haul"] == 0
+
+
+def test_what_goes_on_for_hours_is_asked_of_services_that_are_known():
+    assert added(HTTPS, (True, True), flows=5)["chatter"] == 5
+    assert added(7 << 20, (True, True), flows=5)["chatter"] == 0
 
 
 def test_what_our_hosts_send_to_the_world_is_no_flood_of_it_and_answers_are_no_flood_of_us():
