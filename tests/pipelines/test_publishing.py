@@ -386,7 +386,7 @@ def test_over_tls_with_scram_everything_arrives_and_the_secret_is_in_no_message(
     refused.close()
     # kafka-python throws the refusal away where the end of the connection has come with it, which is chance.
     log, said = KafkaLog(broker.tls_settings(sasl_plain_password=wrong), timeout_s=1.5), ""
-    for _ in range(20):
+    for _ in range(80):
         with pytest.raises(LogError) as raised:
             log.append(topic, b"k", b"v")
         said = str(raised.value)
