@@ -30,12 +30,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
-def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGHUP call `stop` within the block. In another thread than the main one: changes nothing."""
+def stopped_by_signals(*stops: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGHUP call `stops` in turn within the block; but in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: stop()) for number in STOP_SIGNALS}
+
+    def stop(*_: object) -> None:
+        for each in stops:
+            each()
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -68,12 +73,7 @@ def collect(
     else:
         sink = ParquetOutput(output, sensor=settings.name, rotate_bytes=rotate_bytes, rotate_s=rotate_s)
     agent, service = Agent(settings, sink), service or Service()
-
-    def stop() -> None:
-        agent.stop()
-        service.stopping()
-
-    with stopped_by_signals(stop):
+    with stopped_by_signals(agent.stop, service.stopping):
         if drop_privileges and settings.netns is not None:
             enter_namespace(settings.netns)
         agent.open()

@@ -141,13 +141,8 @@ def run_live(
         require_writable(Path(findings))
     metrics = Metrics()
     service, stopped = Service(), threading.Event()
-
-    def stop() -> None:
-        stopped.set()
-        service.stopping()
-
     with ExitStack() as stack:
-        stack.enter_context(stopped_by_signals(stop))
+        stack.enter_context(stopped_by_signals(stopped.set, service.stopping))
         if settings.metrics.enabled:
             metrics.serve(settings.metrics.address, settings.metrics.port)
             stack.callback(metrics.close)

@@ -26,13 +26,8 @@ def run_score(settings: Settings, *, duration_s: float | None = None) -> None:
     log = KafkaLog(settings.kafka, session_timeout_s=settings.score.session_timeout / 1e9)
     store = SnapshotStore(settings.score.state, keep=settings.score.snapshots) if settings.score.state else None
     metrics, stopped, service = Metrics(), threading.Event(), Service()
-
-    def stop() -> None:
-        stopped.set()
-        service.stopping()
-
     with ExitStack() as stack:
-        stack.enter_context(stopped_by_signals(stop))
+        stack.enter_context(stopped_by_signals(stopped.set, service.stopping))
         stack.callback(log.close)
         scoring = Scoring(settings, log, store=store, metrics=metrics, say=_say, alive=service.alive)
         stack.callback(scoring.close)
