@@ -156,8 +156,7 @@ SHARE = np.array(
 ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
 minute, so a beat, a slow scan (of one service, or of many) and slow guessing need larger shares, and the others hardly
 miss them. So does an upload: bytes have the heaviest tail of all; and peers who are out of place, of whom there are
-few. For what goes on for
-hours, or is more than anybody ever moved, half a share is enough."""
+few. For what goes on for hours, or is more than anybody ever moved, half a share is enough."""
 EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan-in" for a in TABLE])
 """Raised after the first block: no habit is needed to tell them."""
 FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a in TABLE])

@@ -38,14 +38,14 @@ def highest(slots, moved, peaks, past, inside, tau, span, step, fade, now):  # t
 
 
 @numba.njit(cache=True, nogil=True)
-def learn(slots, moved, cells, peaks, now):  # type: ignore[no-untyped-def]
+def learn(slots, cells, peaks, now):  # type: ignore[no-untyped-def]
     """The levels that hosts have reached in this pane, into the peaks of their services."""
-    last = len(moved) - 1
+    last = slots.shape[1] - 1
     for i in range(last + 1):
         prefetch(cells, np.int64(slots[2, min(i + AHEAD, last)]) * _WIDTH + _HAUL)
-        code = np.int64(slots[5, i])
-        if moved[i] <= 0 or peaks[code].at != now:
+        row = np.int64(slots[2, i]) * _WIDTH + _HAUL
+        if cells[row].at != now:  # what it moved now is no haul, and its level is of another time
             continue
-        level = cells[np.int64(slots[2, i]) * _WIDTH + _HAUL].level
+        code, level = np.int64(slots[5, i]), cells[row].level
         peaks[code].level = max(peaks[code].level, level)
         peaks[code].last = max(peaks[code].last, level)

@@ -186,7 +186,7 @@ class Watch:
         n, now, slots = len(self._slots[0]), float(panes.now[k]), self._slots
         assert len(self._offsets) == 2
         known, tries, first, size, first_ns, last_ns = self._more
-        _, counts, _, _, moved, shared, _, _ = self._what
+        _, counts, _, _, _, shared, _, _ = self._what
         fresh = np.empty((n, 3), np.bool_)
         keyed[HOSTS][0][self._new] = now  # births, before beats ask for them
         (sources, targets, news), strength = self._both(
@@ -198,7 +198,7 @@ class Watch:
             lambda: _weigh(0, 2, slots, pane, strength, keyed, by, now),
             lambda: _weigh(1, 2, slots, pane, strength, keyed, by, now),
         )
-        learn(slots, moved, keyed[CELLS][1], keyed[PEAKS][0], now)
+        learn(slots, keyed[CELLS][1], keyed[PEAKS][0], now)
         found, values = np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
         asked = slice(int(panes.of_hosts[k]), int(panes.of_hosts[k + 1]))
         take_smallest(panes.hosts[asked], keyed[HOSTS][-1], p[asked])
@@ -233,7 +233,7 @@ def _look(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         pane = _enter(mine, these, fresh, tries[a:b], first_ns[a:b], last_ns[a:b], keyed, by, now, news, log)
         found, values = _weigh(np.int64(0), np.int64(1), mine, pane, strength, keyed, by, now)
-        learn(mine, moved[a:b], keyed[CELLS][1], keyed[PEAKS][0], now)
+        learn(mine, keyed[CELLS][1], keyed[PEAKS][0], now)
         asked = hosts[of_hosts[k] : of_hosts[k + 1]]
         take_smallest(asked, smallest, p[of_hosts[k] : of_hosts[k + 1]])
         k += 1

@@ -18,15 +18,24 @@ def test_the_highest_level_of_any_host_is_the_record_of_the_service_two_spans_la
     slots = np.array([[0, 1], [2, 3], [0, 1], [0, 1], [0, 1], [0, 0]], np.int32)
     service, past = np.zeros(1, CELL), np.zeros((1, PAST))
     cells = np.zeros(2 * int(WIDTH[SERVICE]), CELL)
-    level = cells[int(COLUMN[HAUL]) :: int(WIDTH[SERVICE])]["level"]
+    own = cells[int(COLUMN[HAUL]) :: int(WIDTH[SERVICE])]
     said = []
     for k in range(6):
         now = (k + 0.5) * STEP
         said.append(peaks.highest(slots, moved, service, past, inside, TAU, TAU, STEP, 0.0, now)[0])
-        level[:] = (50.0, 400.0) if k == 1 else 1.0
-        peaks.learn(slots, moved, cells, service, now)
+        own["at"], own["level"] = now, (50.0, 400.0) if k == 1 else 1.0
+        peaks.learn(slots, cells, service, now)
     assert said[:3] == [0.0, 0.0, pytest.approx(np.log1p(1.0))]
     assert said[3:] == pytest.approx([np.log1p(400.0)] * 3)
+
+
+def test_a_level_of_another_time_is_no_peak_of_now():
+    slots, service, cells = np.zeros((6, 1), np.int32), np.zeros(1, CELL), np.zeros(int(WIDTH[SERVICE]), CELL)
+    cells["at"][int(COLUMN[HAUL])], cells["level"][int(COLUMN[HAUL])] = 50.0, 400.0
+    peaks.learn(slots, cells, service, 90.0)
+    assert service["level"][0] == 0.0
+    peaks.learn(slots, cells, service, 50.0)
+    assert service["level"][0] == 400.0
 
 
 def test_what_comes_from_outside_or_goes_there_has_no_peak_here():
