@@ -2,7 +2,9 @@
 
 What kafka-python's has to be talked out of: it commits by itself, reads what may yet be aborted, and begins at the end.
 Where it has to be helped: it tells of rebalances on its network thread, where nothing may be done about them. So its
-`poll` runs in a thread of its own, a rebalance waits there, and our `poll` tells of it.
+`poll` runs in a thread of its own, a rebalance waits there, and our `poll` tells of it. And it forgets a join that
+completes between two polls and joins anew, which makes all others join anew: members that do more than poll would do so
+for ever.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from kafka import TopicPartition
 from kafka import errors as kafka_errors
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.coordinator.consumer import ConsumerCoordinator
 from kafka.structs import OffsetAndMetadata
 
 from flowsage.collector.errors import FencedError, LogUnavailableError
@@ -81,6 +84,22 @@ class _Rebalances(AsyncConsumerRebalanceListener):
                 await self._consumer.pause(0.005)
 
 
+class _Coordinator(ConsumerCoordinator):
+    """kafka-python's, but a join that nobody waited for is kept for the next poll to take up."""
+
+    _joined: tuple[Any, bytes] | None = None
+
+    async def _do_join_and_sync_async(self) -> bytes:
+        if self._joined is None or self._joined[0] != self._generation:
+            assignment = await super()._do_join_and_sync_async()
+            self._joined = self._generation, assignment
+        return self._joined[1]
+
+    async def _on_join_complete_async(self, *args: Any) -> None:
+        self._joined = None
+        await super()._on_join_complete_async(*args)
+
+
 class KafkaConsumer(Consumer):
     """See `Consumer`."""
 
@@ -119,6 +138,7 @@ class KafkaConsumer(Consumer):
             heartbeat_interval_ms=int(log.session_timeout_s * 100),
             partition_assignment_strategy=(CooperativeStickyAssignor,),
         )
+        self._client._coordinator.__class__ = _Coordinator
         self._client.subscribe([topic], listener=_Rebalances(self))
 
     @property

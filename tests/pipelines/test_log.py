@@ -251,15 +251,15 @@ class Member:
         self.told.append(("revoked", partitions))
         self.consumer.commit({n: o for n, o in self.consumer.position().items() if n in partitions})
 
-    def poll(self, limit: int = 3) -> None:
-        self.read += [r.value for r in self.consumer.poll(limit, 0.05)]
+    def poll(self, limit: int = 3, timeout_s: float = 0.05) -> None:
+        self.read += [r.value for r in self.consumer.poll(limit, timeout_s)]
 
 
-def until(condition: Callable[[], bool], *members: Member) -> None:
+def until(condition: Callable[[], bool], *members: Member, timeout_s: float = 0.05) -> None:
     deadline = time.monotonic() + 120
     while not condition() and time.monotonic() < deadline:
         for member in members:
-            member.poll()
+            member.poll(timeout_s=timeout_s)
     assert condition()
 
 
@@ -282,6 +282,27 @@ def test_members_of_a_group_share_the_partitions_and_hand_them_over_without_loss
     until(lambda: first.consumer.assignment() == set(range(4)), first)
     until(lambda: len(first.read) + len(second.read) >= 60, first)
     assert sorted(first.read + second.read) == sorted(values)
+
+
+def test_members_that_do_other_things_between_short_polls_share_the_partitions_too(place: Place) -> None:
+    topic, name = place.topic(4), group()
+    first, second = Member(place, name, topic), Member(place, name, topic)
+
+    def settled() -> bool:
+        time.sleep(0.2)
+        return len(first.consumer.assignment()) == len(second.consumer.assignment()) == 2
+
+    until(settled, first, second, timeout_s=0)
+    told = len(first.told), len(second.told)
+    for n in range(20):
+        place.log.append(topic, b"%d" % n, b"%d" % n)
+
+    def read_all() -> bool:
+        time.sleep(0.2)
+        return len(first.read) + len(second.read) >= 20
+
+    until(read_all, first, second, timeout_s=0)
+    assert (len(first.told), len(second.told)) == told
 
 
 def test_what_a_member_has_lost_it_can_neither_commit_nor_write_in_a_transaction(place: Place) -> None:
