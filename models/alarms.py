@@ -35,7 +35,7 @@ Array = npt.NDArray[Any]
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-VERSION = 11
+VERSION = 12
 
 NOBODY: UInt64 = np.empty(0, np.uint64)
 

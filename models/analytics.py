@@ -8,6 +8,7 @@ by how much x passes the record R of that key (`records.py`). Beacon and joint h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numba
@@ -28,6 +29,9 @@ HOST, SERVICE, PAIR, CONTACT = range(4)
 BYTES_SCALE = 1e4
 """Bytes in one unit of level: below ten kilobytes nothing is worth a word."""
 
+VISITS = 20.0
+"""Visits of clients to a server for one by a new client, in one unit of level: below that, new clients are common."""
+
 ADMIN_PORTS = (22, 23, 135, 139, 445, 3389, 5900, 5985, 5986)
 """TCP services through which one host is given orders by another."""
 
@@ -45,7 +49,7 @@ class Analytic:
     tau        time constant of the level, seconds; 0: the statistic is computed, not summed
     technique  MITRE ATT&CK id, or None
     unit       what the level counts, as a person reads it after the number
-    words      the sentence; {host} {peer} {service} {observed} {count} {span} are filled in
+    words      the sentence; {host} {peer} {service} {observed} {count} {span} {shape} are filled in
     least      level below which nobody would act on it, so nothing is raised: in `unit`
     learns     whether what was named becomes record once it is over: a backup is told once, a scan each time
     scale      how much of `unit` one unit of level is
@@ -106,7 +110,11 @@ TABLE: tuple[Analytic, ...] = (
     Analytic("novelty", "novelty", "source", HOST, HOUR, None, "nats of new services",
              "{host} used {count} services that are new to it in {span}", 8),
     Analytic("beacon", "beacon", "source", CONTACT, 0.0, "T1071", "strength of the beat",
-             "{host} calls {peer} on {service} like a clock, {beats}", 1),
+             "{host} calls {peer} on {service} like a clock, {shape}", 1),
+    Analytic("session", "beacon", "source", CONTACT, 0.0, "T1071", "strength of the session",
+             "{host} has been in touch with {peer} on {service} without a pause for {shape}", 1),
+    Analytic("newcomer", "novelty", "source", HOST, HOUR, None, "visits there for one by a newcomer",
+             "{host} came to {count} servers{on} whose clients had long been the same in {span}", 200, scale=VISITS),
     Analytic("meeting", "novelty", "source", HOST, HOUR, "T1078", "peers that hosts like it do not meet",
              "{host} met {count} peers that hosts like it do not meet in {span}", 1.5, doubles=True,
              habit=DAY / 2),
@@ -133,6 +141,8 @@ FAMILIES = tuple(dict.fromkeys(a.family for a in TABLE))
     FAIL_IN,
     NOVELTY,
     BEACON,
+    SESSION,
+    NEWCOMER,
     MEETING,
     JOINT,
 ) = range(len(TABLE))
@@ -146,7 +156,7 @@ SHARE = np.array(
     [
         {
             "beacon": 0.2,
-            **dict.fromkeys(("chatter", "haul"), 0.04),
+            **dict.fromkeys(("chatter", "haul", "newcomer"), 0.04),
             **dict.fromkeys(("sweep", "guess", "fail", "exfil", "meeting"), 0.15),
         }.get(a.name, 0.075)
         for a in TABLE
@@ -156,7 +166,8 @@ SHARE = np.array(
 ten effectively independent analytics). The p of what is slow falls slowly, that of the others by powers of ten a
 minute, so a beat, a slow scan (of one service, or of many) and slow guessing need larger shares, and the others hardly
 miss them. So does an upload: bytes have the heaviest tail of all; and peers who are out of place, of whom there are
-few. For what goes on for hours, or is more than anybody ever moved, half a share is enough."""
+few. For what goes on for hours, is more than anybody ever moved, or comes where nobody new ever comes, half a share is
+enough."""
 EARLY = np.array([a.family in ("scan", "credential", "flood") and a.name != "fan-in" for a in TABLE])
 """Raised after the first block: no habit is needed to tell them."""
 FIRST = np.array([a.name in ("sweep", "ports", "guess", "fail", "fail-in") for a in TABLE])
@@ -202,6 +213,7 @@ def contributions(  # type: ignore[no-untyped-def]
     new_contact,
     new_service,
     surprise,
+    settled,
     misplaced,
     out,
 ):
@@ -210,7 +222,8 @@ def contributions(  # type: ignore[no-untyped-def]
     service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; moved: bytes out +
     in; tries: sessions that may be no more than a guess (`Contacts.tries`); sources: distinct ones of (target,
     service); inside: (source, target) are internal; new_*: the pair, the contact (source, target, service), the
-    source's use of the service was never counted before; surprise: C_ss, nats; misplaced: how much the first meeting is
+    source's use of the service was never counted before; surprise: C_ss, nats; settled: how settled the clients
+    of (target, service) are, nats; misplaced: how much the first meeting is
     out of place, 0 to 1, NaN where not asked.
     """
     out[:] = 0.0
@@ -244,6 +257,9 @@ def contributions(  # type: ignore[no-untyped-def]
             out[MEETING] = misplaced
     if new_service:
         out[NOVELTY] = min(SURPRISE_MOST, max(0.0, surprise - SURPRISE))
+        # Who uses a service elsewhere meets one more server; who never did has no business there.
+        if inside[0] and inside[1] and answered > 0 and not is_reversed(service) and settled > math.log(VISITS):
+            out[NEWCOMER] = math.exp(settled + min(SURPRISE, surprise - SURPRISE)) / VISITS
     out[GUESS] = tries
     if inside[0] and inside[1] and not is_reversed(service):
         out[HAUL] = moved / BYTES_SCALE

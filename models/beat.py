@@ -63,7 +63,7 @@ def beat(  # type: ignore[no-untyped-def]
     · (1 − other regular pairs of svc/(pairs + 1))/(1 + 2 sd ln(1+bytes_fwd) of es) · (1 − once/flows of es): the beat
     is the pair's, and who tries a port after the other at regular intervals has none on any of them;
     Zc = −ln((other pairs whose largest Z is at least as large + 1)/(pairs + 1)), by quarters (`tops` i64[65]: how many
-    pairs have each largest Z, and how many pairs there are). looked f8[5, c] gets the sources of o before the window,
+    pairs have each largest Z, and how many pairs there are). looked f8[6, c] gets the sources of o before the window,
     unless it has no columns.
     """
     ways = run.ways

@@ -55,6 +55,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         **dict.fromkeys((*by_group("best"), *by_group("run")), ((_A,), "f4", 0.0)),
         "excluded": ((_A,), "?", False),
         "causes": ((_F,), "f4", 0.0),
+        "polled": ((), "f4", 0.0),
         "smallest": ((), "f8", 1.0),
     },
     "services": {**_cells(SERVICE), "born": ((), "f8", -1.0)},
@@ -65,7 +66,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "visits": ((2,), "f8", 0.0),
         "beat": ((beacon.COLUMNS,), "f4", 0.0),
     },
-    "codes": {"tally": ((2,), "f8", 0.0), "moved": ((), CELL, 0.0), "moved_past": ((PAST,), "f8", 0.0)},
+    "codes": {"tally": ((3,), "f8", 0.0), "moved": ((), CELL, 0.0), "moved_past": ((PAST,), "f8", 0.0)},
 }
 """Arrays of each table: shape of a slot's part, dtype, and what an unused slot holds."""
 

@@ -30,6 +30,7 @@ from flowsage.models.analytics import (
     NAMES,
     PAIR,
     SERVICE,
+    SESSION,
     SURPRISE,
     SURPRISE_MOST,
     TABLE,
@@ -70,6 +71,22 @@ class Explained:
     """The analytic that it is told by, where that is not the one that raised the alarm."""
     on: int | None = None
     """Code of the service that at least half of it is on."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a beat or a session looks like, which no count of contacts says.
+
+    words for the sentence, text for the evidence (with {on}); observed, in units of `unit`; facts for a program; lasted
+    s.
+    """
+
+    words: str
+    text: str
+    observed: float
+    unit: str
+    facts: dict[str, Any]
+    lasted: float
 
 
 def amount(value: float, unit: str) -> str:
@@ -117,7 +134,7 @@ def select(
             mask &= meta[:, 2] == service
     if analytic == JOINT:
         mask[len(mask) // 2 :] = False
-    elif analytic != BEACON:
+    elif analytic not in (BEACON, SESSION):
         mask &= inc[:, analytic] > 0
     return np.flatnonzero(mask)
 
@@ -132,20 +149,20 @@ def explain(
     now_ns: int,
     origin_ns: int,
     tau: float,
-    beat: tuple[float, float, int] | None = None,
+    shape: Shape | None = None,
 ) -> Explained:
     """Evidence and sentence of one alarm.
 
     log (meta i64[·, 7], inc f4[·, A]); names [h] by host slot; key (source slot, target slot, service) of the contact
     that was judged last; x, record as judged; times are ns since the origin (`now_ns`) and of the epoch (`origin_ns`);
-    tau s, scaled; beat (period s, spread, beats) for that analytic.
+    tau s, scaled; shape of a beat or a session.
     """
     meta, inc = log
     a = TABLE[analytic]
     rows = select(meta, inc, analytic, *key, now_ns=now_ns, tau=tau)
     rows = rows[np.argsort(meta[rows, 6], kind="stable")]
     added = inc[rows].astype(np.float64)
-    weight = np.ones(len(rows)) if analytic == BEACON else added.sum(1) if analytic == JOINT else added[:, analytic]
+    weight = np.ones(len(rows)) if shape is not None else added.sum(1) if analytic == JOINT else added[:, analytic]
     if a.tau:
         weight = weight * np.exp((meta[rows, 6] - now_ns) / 1e9 / tau)
     direct = a.tau == 0.0
@@ -174,14 +191,14 @@ def explain(
                 service=service,
                 proto=proto,
                 dst_port=port,
-                observed=float(total[g]) * a.scale if beat is None else float(beat[2]),
-                expected=expected * float(share) if beat is None else 0.0,
-                unit=a.unit if beat is None else "beats",
+                observed=float(total[g]) * a.scale if shape is None else shape.observed,
+                expected=expected * float(share) if shape is None else 0.0,
+                unit=a.unit if shape is None else shape.unit,
                 first_ns=int(meta[mine, 3].min()),
                 last_ns=int(meta[mine, 4].max()),
                 flows=int(meta[mine, 5].sum()),
                 share=float(share),
-                **_told(a, added[first_row.ravel() == g], service, int(meta[mine, 5].sum()), beat),
+                **_told(a, added[first_row.ravel() == g], service, int(meta[mine, 5].sum()), shape),
             )
         )
     peer = _peer(meta, rows, weight, names, analytic, key)
@@ -195,9 +212,11 @@ def explain(
     step = _resolution(meta)
     span = math.ceil(span / step) * step if step else span
     if direct:
-        beats = "" if beat is None else f"every {duration(beat[0])} ± {100 * beat[1]:.0f} %, {beat[2]} times"
         sentence = a.words.format(
-            host=_host(names, analytic, key), peer=names[key[1]], service=service_name(key[2]), beats=beats
+            host=_host(names, analytic, key),
+            peer=names[key[1]],
+            service=service_name(key[2]),
+            shape="" if shape is None else shape.words,
         )
     else:
         # Since it began, that is without the fading: what is told is what happened.
@@ -236,13 +255,13 @@ ONE = re.compile(r"\b1 ((?:new )?(?:internal )?(?:brief )?)(peers|services|sourc
 """Where a sentence about many speaks of one."""
 
 
-def _told(a: Analytic, added: Array, service: int, flows: int, beat: tuple[float, float, int] | None) -> dict[str, Any]:
+def _told(a: Analytic, added: Array, service: int, flows: int, shape: Shape | None) -> dict[str, Any]:
     """text and facts of one piece of evidence: contacts of one (source, target, service), added f8[n, A] by each."""
     on = service_name(service)
     mine = added[:, NAMES.index(a.name)]
-    if beat is not None:
-        facts = {"period_s": _figures(beat[0]), "jitter": _figures(beat[1]), "beats": beat[2]}
-        return {"text": f"every {duration(beat[0])} ± {100 * beat[1]:.0f} % on {on}, {beat[2]} times", "facts": facts}
+    if shape is not None:
+        facts = {name: _figures(value) if isinstance(value, float) else value for name, value in shape.facts.items()}
+        return {"text": shape.text.format(on=on), "facts": facts}
     if a.name == "meeting":
         out = float(mine.max(initial=0.0))
         return {"text": f"first meeting on {on}, {out:.0%} out of place", "facts": {"misplaced": _figures(out)}}
@@ -274,6 +293,7 @@ PIECES = {
     "fail": "{value} of {flows} on {on} failed",
     "fail-in": "{value} of {flows} on {on} failed",
     "lateral": "first meeting, on {on}",
+    "newcomer": "first use of {on}, where one visit of {value} is by a new client",
     "exfil": "{value} more sent than received on {on}",
     "drip": "{value} more sent than received on {on}",
     "haul": "{value} moved on {on}",

@@ -13,7 +13,7 @@ from flowsage.graph import memory
 from flowsage.graph.flows import Int32
 from flowsage.graph.prefetch import prefetch
 from flowsage.graph.services import port_part
-from flowsage.models.history_scores import L_C_SS, L_KNOWN, L_PAIR, L_SERVICE
+from flowsage.models.history_scores import L_C_SS, L_KNOWN, L_PAIR, L_SERVICE, L_SETTLED
 from flowsage.models.key_levels import (
     ES_ALL,
     ES_ANSWERED,
@@ -97,7 +97,7 @@ class Scratch(NamedTuple):
         return cls(
             room(s, 8), room(s, 4), room(svc, 4), room(ss, 8), memory.empty((ss, 2), np.int32),
             memory.empty(e, np.int32), memory.empty((es, 2), np.int32), memory.empty(es, np.float64),
-            room(o, 4),
+            room(o, 5),
         )  # fmt: skip
 
 
@@ -259,7 +259,8 @@ def familiarity(  # type: ignore[no-untyped-def]
             prefetch(o_count, o_rows.row_slot[o0 + min(r + AHEAD, n_o - 1)])
             slot = o_rows.row_slot[o0 + r]
             tokens, distinct = o_count[slot, O_TOKENS], o_count[slot, O_NEW]
-            o_n[r, 3] = log_now - math.log(o_count[slot, O_ANSWERED] + 0.5) + new_child(tokens, distinct)
+            o_n[r, 4] = new_child(tokens, distinct)
+            o_n[r, 3] = log_now - math.log(o_count[slot, O_ANSWERED] + 0.5) + o_n[r, 4]
             if o_n[r, 0] > 0.0:
                 o_count[slot, O_ANSWERED] += 1.0
                 o_count[slot, O_TOKENS] += o_n[r, 0]
@@ -357,6 +358,7 @@ def familiarity(  # type: ignore[no-untyped-def]
                         looked[L_PAIR, c] = e_n[e_rows.row[v]]
                         looked[L_SERVICE, c] = ss_n[ss, 6]
                         looked[L_C_SS, c] = ss_n[ss, 3]
+                        looked[L_SETTLED, c] = o_n[o_rows.row[v], 4]
             if ways == 2:
                 line[0, DC] = line[1, DC] = min(line[0, DC], line[1, DC])
             for way in range(ways):

@@ -193,7 +193,7 @@ class History:
         def part(begin: int) -> None:
             recall(  # type: ignore[call-arg]
                 *columns, tuple(level.table.entries for level in lv), lv[S]["count"], lv[SS]["count"], lv[E]["count"],
-                lv[ES]["count"], lv[O]["beat"], numbers, begin, min(begin + _THREADED, c),
+                lv[ES]["count"], lv[O]["count"], lv[O]["beat"], numbers, begin, min(begin + _THREADED, c),
             )  # fmt: skip
 
         self._together(c, *(partial(part, begin) for begin in range(0, c, _THREADED)))

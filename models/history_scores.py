@@ -36,6 +36,9 @@ class ContactTerms:
     """How unusual this service is for the source, nats."""
     sources: Float64
     """Distinct sources of (target, service) so far."""
+    settled: Float64
+    """How settled the clients of (target, service) are: −ln of the chance that the next answered (client, window) of it
+    is of a new client, nats."""
 
     def __len__(self) -> int:
         return len(self.known)
@@ -45,7 +48,7 @@ class ContactTerms:
         return ContactTerms(*(getattr(self, f.name)[part] for f in fields(ContactTerms)))
 
 
-L_KNOWN, L_PAIR, L_SERVICE, L_C_SS, L_SOURCES = range(len(fields(ContactTerms)))
+L_KNOWN, L_PAIR, L_SERVICE, L_C_SS, L_SOURCES, L_SETTLED = range(len(fields(ContactTerms)))
 """Rows of the array that kernels fill for `ContactTerms`."""
 
 
@@ -93,7 +96,7 @@ class Outputs(NamedTuple):
     """[n]"""
     beacon_score: Float64
     looked: Float64
-    """[5, c] by `L_KNOWN` and the others, or [5, 0]."""
+    """[6, c] by `L_KNOWN` and the others, or [6, 0]."""
 
     @classmethod
     def empty(cls, c: int, n: int, ways: int, *, terms: bool, looked: bool) -> Outputs:

@@ -107,6 +107,7 @@ def remember(  # type: ignore[no-untyped-def]
     sources,
     fresh,
     surprise,
+    settled,
     misplaced,
     first,
     last,
@@ -133,7 +134,8 @@ def remember(  # type: ignore[no-untyped-def]
         source, target = slots[0, i], slots[1, i]
         both[0], both[1] = inside[source], inside[target]
         contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], moved[i], tries[i], 1.0,
-                      both, fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i], out)  # fmt: skip
+                      both, fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], settled[i], misplaced[i],
+                      out)  # fmt: skip
         at = which * half + log_at[which] % half
         log_at[which] += 1
         log_meta[at, 0], log_meta[at, 1], log_meta[at, 2] = source, target, service[i]
@@ -144,7 +146,7 @@ def remember(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def raise_levels(  # type: ignore[no-untyped-def]
-    part, parts, slots, service, counts, told, sent, moved, tries, sources, fresh, surprise, misplaced,
+    part, parts, slots, service, counts, told, sent, moved, tries, sources, fresh, surprise, settled, misplaced,
     usual, highest, cells, past, host_born, inside, host_record,
     tau, span, step, column, kind, width, is_target, fade, now, touched,
 ):  # fmt: skip
@@ -170,7 +172,7 @@ def raise_levels(  # type: ignore[no-untyped-def]
             continue
         both[0], both[1] = inside[source], inside[target]
         contributions(service[i], counts[0, i], counts[1, i], counts[2, i], told[i], sent[i], moved[i], tries[i],
-                      sources[i], both, fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], misplaced[i],
+                      sources[i], both, fresh[i, 1], fresh[i, 0], fresh[i, 2], surprise[i], settled[i], misplaced[i],
                       out)  # fmt: skip
         for a in range(len(kind)):
             if out[a] <= 0.0 or not (theirs if is_target[a] else mine):

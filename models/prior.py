@@ -11,8 +11,9 @@ ports and rita: 766 hosts of the internet guess passwords of its one public serv
 are labelled. Of keys it is kept from when scans counted as sessions, since hardly a program logs in anywhere in these
 files: measured anew a new key's rate is a quarter, and build machines and roll-outs by ssh were raised. "chatter"
 leaves out the files without ports too, where it is not asked. Bytes passed u 8 times as "exfil", 11 times as "drip" and
-19 times as "haul" (12 of them dapt2020's), too seldom to tell one age from another (none of new hosts as "exfil"): of
-each the mean excess is that of all ages together.
+19 times as "haul" (12 of them dapt2020's), and "session" and "newcomer" did so twice each (the latter in dapt2020), too
+seldom to tell one age from another (none of new hosts as "exfil"): of each the mean excess is that of all ages
+together.
 """
 
 GROUPS = ("new host", "new key", "young key", "old key")
@@ -35,7 +36,9 @@ PRIOR: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "fan-in": ((0.35, 0.00018, 0.022, 0.05), (0.2, 0.5, 0.21, 0.2)),
     "fail-in": ((0.022, 0.00018, 0.0064, 0.0072), (0.36, 0.5, 0.26, 0.28)),
     "novelty": ((0.00099, 0.00028, 0.0036, 0.0015), (0.39, 0.5, 0.59, 1.5)),
-    "beacon": ((0.0005, 0.002, 0.0026, 0.0025), (0.5, 1.8, 1.2, 2.2)),
+    "beacon": ((0.0005, 0.0012, 0.0024, 0.0023), (0.5, 0.46, 0.8, 2.2)),
+    "session": ((0.0005, 0.00028, 0.00085, 0.00033), (0.46, 0.46, 0.46, 0.46)),
+    "newcomer": ((0.0005, 0.00028, 0.00033, 0.001), (1.2, 1.2, 1.2, 1.2)),
     "meeting": ((0.0014, 0.00071, 0.0011, 0.002), (0.19, 0.19, 0.19, 0.19)),
     "joint": ((0.012, 0.00028, 0.0067, 0.0033), (2.9, 0.5, 3.4, 3.4)),
 }

@@ -15,7 +15,7 @@ from flowsage.graph.flows import hash_names
 from flowsage.models import analytics as an
 from flowsage.models import beacon, levels, records
 from flowsage.models.cells import Memory
-from flowsage.models.explain import META, Explained, explain
+from flowsage.models.explain import META, Explained, Shape, duration, explain
 from flowsage.models.judgement import LEAST_EXCESS
 
 Array = npt.NDArray[Any]
@@ -100,15 +100,29 @@ class Reasons:
                 found = explain(log, names, lead[0], key, lead[1], lead[2], *times, float(self.tau[lead[0]]))
                 sentence = f"{found.sentence}; unusual at once in {told}"
                 return replace(found, sentence=sentence, lead=an.NAMES[lead[0]])
-            if a == an.BEACON:
-                s = m.contacts.arrays["beat"][row]
-                period = float(np.exp(s[beacon.MEAN]))
-                spread = float(np.sqrt(max(0.0, s[beacon.SQUARES]) / max(1.0, s[beacon.GAPS])))
-                beat = (period, spread, int(s[beacon.BEATS]))
-                return explain(log, names, a, key, x, record, *times, max(period * (beat[2] + 1), 1.0), beat)
+            if a in (an.BEACON, an.SESSION):
+                slot = row // int(an.WIDTH[an.CONTACT])
+                shape = self._beat(slot) if a == an.BEACON else self._session(slot)
+                return explain(log, names, a, key, x, record, *times, max(shape.lasted, 1.0), shape)
             return explain(log, names, a, key, x, record, *times, float(self.tau[a]))
 
         return lambda: self._testified(why())
+
+    def _beat(self, slot: int) -> Shape:
+        s = self.memory.contacts.arrays["beat"][slot]
+        period, beats = float(np.exp(s[beacon.MEAN])), int(s[beacon.BEATS])
+        spread = float(np.sqrt(max(0.0, s[beacon.SQUARES]) / max(1.0, s[beacon.GAPS])))
+        facts = {"period_s": period, "jitter": spread, "beats": beats}
+        said = f"every {duration(period)} ± {100 * spread:.0f} %", f"{beats} times"
+        return Shape(
+            ", ".join(said), f"{said[0]} on {{on}}, {said[1]}", float(beats), "beats", facts, period * (beats + 1)
+        )
+
+    def _session(self, slot: int) -> Shape:
+        seen, begun = (float(t) for t in self.memory.contacts.arrays["visits"][slot])
+        lasted = seen - begun
+        said = duration(lasted)
+        return Shape(said, f"{said} on {{on}} without a pause", lasted, "seconds", {"lasted_s": lasted}, lasted)
 
     def _testified(self, found: Explained) -> Explained:
         """With what the witness has to say of the first meetings in it."""

@@ -6,8 +6,22 @@ import numba
 import numpy as np
 
 from flowsage.graph.prefetch import prefetch
-from flowsage.models.history_scores import L_C_SS, L_KNOWN, L_PAIR, L_SERVICE, L_SOURCES
-from flowsage.models.key_levels import ES, ES_ALL, O_SOURCES, S_SS, S_SS_NEW, SS, SS_ALL, E, O, S, level_key
+from flowsage.models.history_scores import L_C_SS, L_KNOWN, L_PAIR, L_SERVICE, L_SETTLED, L_SOURCES
+from flowsage.models.key_levels import (
+    ES,
+    ES_ALL,
+    O_NEW,
+    O_SOURCES,
+    O_TOKENS,
+    S_SS,
+    S_SS_NEW,
+    SS,
+    SS_ALL,
+    E,
+    O,
+    S,
+    level_key,
+)
 from flowsage.models.keys import LOWER, SLOT, home, position
 from flowsage.models.predictive import known_child, new_child
 
@@ -17,9 +31,9 @@ _ASKED = (S, SS, E, ES, O)
 
 @numba.njit(cache=True, nogil=True)
 def recall(  # type: ignore[no-untyped-def]
-    src, dst, service, hashes, entries, s_count, ss_count, e_count, es_count, o_beat, out, begin, end
+    src, dst, service, hashes, entries, s_count, ss_count, e_count, es_count, o_count, o_beat, out, begin, end
 ):
-    """`ContactTerms` of contacts begin to end into out f8[5, c], a row each.
+    """`ContactTerms` of contacts begin to end into out f8[6, c], a row each.
 
     As `familiarity` would say it of a window after those learnt; sources as of their end. `entries`: the tables of the
     six levels.
@@ -40,6 +54,7 @@ def recall(  # type: ignore[no-untyped-def]
             prefetch(ss_count, max(row[SS, i], 0))
             prefetch(e_count, max(row[E, i], 0))
             prefetch(es_count, max(row[ES, i], 0))
+            prefetch(o_count, max(row[O, i], 0))
             prefetch(o_beat, max(row[O, i], 0))
         for i in range(size):
             c = batch + i
@@ -53,3 +68,4 @@ def recall(  # type: ignore[no-untyped-def]
             else:
                 out[L_C_SS, c] = new_child(tokens, distinct)
             out[L_SOURCES, c] = o_beat[o, O_SOURCES] if o >= 0 else 0.0
+            out[L_SETTLED, c] = new_child(o_count[o, O_TOKENS], o_count[o, O_NEW]) if o >= 0 else 0.0

@@ -39,8 +39,9 @@ GRANDFATHERED = 30 * an.MINUTE
 THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
 
-_BEACON, _DRIP, _HAUL, _JOINT = (int(a) for a in (an.BEACON, an.DRIP, an.HAUL, an.JOINT))
-_DIRECT = np.arange(levels.A) == an.BEACON
+_BEACON, _SESSION, _DRIP, _HAUL, _JOINT = (int(a) for a in (an.BEACON, an.SESSION, an.DRIP, an.HAUL, an.JOINT))
+_DIRECT = np.isin(np.arange(levels.A), (an.BEACON, an.SESSION))
+_WIDTH, _BEAT, _LASTING = int(an.WIDTH[an.CONTACT]), int(an.COLUMN[an.BEACON]), int(an.COLUMN[an.SESSION])
 CELLS, PASTS, BORN, LARGEST, HOSTS, RECEIVED, BEATS, PEAKS = range(8)
 """What kernels get of the memory: cells and past of each kind of key, births of contacts, pairs and services, largest
 excesses by age group, then `_OF_HOSTS`, what all of ours send to a host, what beats are told by, and
@@ -141,12 +142,12 @@ class Watch:
             looked.known, looked.pair_known, looked.service_known, c.flows, c.answered, c.failed,
             c.bytes_fwd, c.bytes_rev, known, counts, sent, moved,
         )  # fmt: skip
-        shared, surprise, strange = (
-            np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss, misplaced)
+        shared, surprise, settled, strange = (
+            np.ascontiguousarray(v, np.float64) for v in (looked.sources, looked.C_ss, looked.settled, misplaced)
         )
-        self._what = service, counts, told, sent, moved, shared, surprise, strange
-        first, size = (c.first_ns - origin_ns) / 1e9, np.log1p(c.bytes_fwd / c.flows)
-        self._more = known, c.tries, first, size, c.first_ns, c.last_ns
+        self._what = service, counts, told, sent, moved, shared, surprise, settled, strange
+        first, last = (c.first_ns - origin_ns) / 1e9, (c.last_ns - origin_ns) / 1e9
+        self._more = known, c.tries, first, last, np.log1p(c.bytes_fwd / c.flows), c.first_ns, c.last_ns
 
     def newly_active(self) -> int:
         """Number of hosts that will be active for the first time in the block as sources of these contacts."""
@@ -165,9 +166,12 @@ class Watch:
             tuple(h[name] for name in _BEST),
             tuple(h[name] for name in _OF_HOSTS),
             (h["received"], h["received_past"]),
-            (m.contacts.arrays["visits"], m.contacts.arrays["beat"], m.codes.arrays["tally"]),
+            (
+                m.contacts.arrays["visits"], m.contacts.arrays["beat"], m.codes.arrays["tally"],
+                h["polled"],
+            ),
             (m.codes.arrays["moved"], m.codes.arrays["moved_past"]),
-        )
+        )  # fmt: skip
         by = (*r.parameters, r.floors, r.open), (r.tau, r.span, r.fade), (r.block_s, r.scale, r.allowed, r.settled)
         logged = log.inc, log.meta, log.at
         active = np.empty((2, len(self._slots[0])), np.int64)
@@ -185,18 +189,18 @@ class Watch:
         """As `look`, at one pane of many contacts, which has to be all there is: with two threads."""
         n, now, slots = len(self._slots[0]), float(panes.now[k]), self._slots
         assert len(self._offsets) == 2
-        known, tries, first, size, first_ns, last_ns = self._more
-        _, counts, _, _, _, shared, _, _ = self._what
+        known, tries, first, last, size, first_ns, last_ns = self._more
+        _, counts, _, _, _, shared, _, _, _ = self._what
         fresh = np.empty((n, 3), np.bool_)
         keyed[HOSTS][0][self._new] = now  # births, before beats ask for them
-        (sources, targets, news), strength = self._both(
+        (sources, targets, news), strengths = self._both(
             lambda: _register(slots, counts, known, keyed, now, self._block, fresh, active),
-            lambda: _strength(slots, first, size, shared, keyed, by),
+            lambda: _strengths(slots, first, last, size, shared, keyed, by),
         )
         pane = _enter(slots, self._what, fresh, tries, first_ns, last_ns, keyed, by, now, news, log)
         mine, theirs = self._both(
-            lambda: _weigh(0, 2, slots, pane, strength, keyed, by, now),
-            lambda: _weigh(1, 2, slots, pane, strength, keyed, by, now),
+            lambda: _weigh(0, 2, slots, pane, strengths, keyed, by, now),
+            lambda: _weigh(1, 2, slots, pane, strengths, keyed, by, now),
         )
         learn(slots, keyed[CELLS][1], keyed[PEAKS][0], now)
         found, values = np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
@@ -215,8 +219,8 @@ def _look(  # type: ignore[no-untyped-def]
     k, nows, offsets, hosts, of_hosts, slots, what, more, keyed, by, block, log, active, p
 ):
     """See `Watch.look`: (panes done, active sources, active targets, found, values)."""
-    service, counts, told, sent, moved, shared, surprise, misplaced = what
-    known, tries, first, size, first_ns, last_ns = more
+    service, counts, told, sent, moved, shared, surprise, settled, misplaced = what
+    known, tries, first, last, size, first_ns, last_ns = more
     smallest, actives = keyed[HOSTS][6], np.zeros(2, np.int64)
     while True:
         a, b, now = offsets[k], offsets[k + 1], nows[k]
@@ -227,12 +231,13 @@ def _look(  # type: ignore[no-untyped-def]
         active[1, actives[1] : actives[1] + targets] = some[1, :targets]
         actives[0] += sources
         actives[1] += targets
-        strength = _strength(mine, first[a:b], size[a:b], shared[a:b], keyed, by)
+        strengths = _strengths(mine, first[a:b], last[a:b], size[a:b], shared[a:b], keyed, by)
         these = (
-            service[a:b], number, told[a:b], sent[a:b], moved[a:b], shared[a:b], surprise[a:b], misplaced[a:b],
+            service[a:b], number, told[a:b], sent[a:b], moved[a:b], shared[a:b], surprise[a:b], settled[a:b],
+            misplaced[a:b],
         )  # fmt: skip
         pane = _enter(mine, these, fresh, tries[a:b], first_ns[a:b], last_ns[a:b], keyed, by, now, news, log)
-        found, values = _weigh(np.int64(0), np.int64(1), mine, pane, strength, keyed, by, now)
+        found, values = _weigh(np.int64(0), np.int64(1), mine, pane, strengths, keyed, by, now)
         learn(mine, keyed[CELLS][1], keyed[PEAKS][0], now)
         asked = hosts[of_hosts[k] : of_hosts[k + 1]]
         take_smallest(asked, smallest, p[of_hosts[k] : of_hosts[k + 1]])
@@ -249,32 +254,40 @@ def _register(slots, counts, known, keyed, now, block, fresh, active):  # type: 
 
 
 @numba.njit(cache=True, nogil=True)
-def _strength(slots, first, size, shared, keyed, by):  # type: ignore[no-untyped-def]
-    """Strength f8[c] of the beat of each contact's key, after the pane's contacts."""
-    visits, state, tally = keyed[BEATS]
-    born, _, _, _, _, _, _ = keyed[HOSTS]
+def _strengths(slots, first, last, size, shared, keyed, by):  # type: ignore[no-untyped-def]
+    """Strength f8[2, c] of the beat and of the session of each contact's key, after the pane's contacts."""
+    visits, state, tally, polled = keyed[BEATS]
+    born, inside, _, _, _, _, _ = keyed[HOSTS]
     _, scale, _, settled = by[BOUNDS]
-    strength, grandfathered = np.empty(len(first)), np.empty(len(first))
-    for i in range(len(first)):
+    n = len(first)
+    strengths, grandfathered, near = np.empty((2, n)), np.empty(n), np.empty(n, np.bool_)
+    for i in range(n):
+        near[i] = inside[slots[1, i]]
         grandfathered[i] = max(settled, born[slots[0, i]] + GRANDFATHERED / scale)
-    beats(slots[4], slots[5], first, size, shared, visits, state, tally, keyed[BORN][0], grandfathered, scale, strength)
-    return strength
+    beats(
+        slots[4], slots[5], slots[0], near, first, last, size, shared, visits, state, tally, polled,
+        keyed[BORN][0], grandfathered, scale, strengths[0], strengths[1],
+    )  # fmt: skip
+    return strengths
 
 
 @numba.njit(cache=True, nogil=True)
 def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, log):  # type: ignore[no-untyped-def]
     """A pane's contacts into the log and what is sent outside; returns what levels are raised by."""
-    service, counts, told, sent, moved, shared, surprise, misplaced = what
+    service, counts, told, sent, moved, shared, surprise, settled, misplaced = what
     born, inside, _, _, _, _, _ = keyed[HOSTS]
     received, received_past = keyed[RECEIVED]
     tau, span, fade = by[TIMES]
-    step, _, _, _ = by[BOUNDS]
-    by_hand = np.empty(len(tries))
+    step, scale, _, _ = by[BOUNDS]
+    by_hand, awaited = np.empty(len(tries)), np.empty(len(tries))
     for i in range(len(tries)):
+        # Who is new itself has yet to come to its servers.
+        awaited[i] = settled[i] if now - born[slots[0, i]] >= an.HOUR / scale else 0.0
         # Who logs in by the clock is a program; whether its beat is a beacon's is asked elsewhere.
         by_hand[i] = 0.0 if keyed[BEATS][1][slots[4, i], REGULAR] > 0.0 else tries[i]
     levels.remember(
-        slots, service, counts, told, sent, moved, by_hand, shared, fresh, surprise, misplaced, first_ns, last_ns,
+        slots, service, counts, told, sent, moved, by_hand, shared, fresh, surprise, awaited, misplaced, first_ns,
+        last_ns,
         inside, now, news, log[0], log[1], log[2],
     )  # fmt: skip
     beyond = usual(
@@ -284,13 +297,13 @@ def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, l
     most = highest(
         slots, moved, keyed[PEAKS][0], keyed[PEAKS][1], inside, tau[_HAUL], span[_HAUL], step, fade[_HAUL], now
     )
-    return service, counts, told, sent, moved, by_hand, shared, fresh, surprise, misplaced, beyond, most
+    return service, counts, told, sent, moved, by_hand, shared, fresh, surprise, awaited, misplaced, beyond, most
 
 
 @numba.njit(cache=True, nogil=True)
-def _weigh(part, parts, slots, pane, strength, keyed, by, now):  # type: ignore[no-untyped-def]
+def _weigh(part, parts, slots, pane, strengths, keyed, by, now):  # type: ignore[no-untyped-def]
     """Raise the levels of a part of a pane's hosts, and judge them."""
-    service, counts, told, sent, moved, tries, shared, fresh, surprise, misplaced, beyond, most = pane
+    service, counts, told, sent, moved, tries, shared, fresh, surprise, settled, misplaced, beyond, most = pane
     cells, past, births, best, of_hosts, _, _, _ = keyed
     born, inside, _, record, causes, excluded, smallest = of_hosts
     rate, shape, scales, floors, open_ = by[CHANCES]
@@ -299,13 +312,14 @@ def _weigh(part, parts, slots, pane, strength, keyed, by, now):  # type: ignore[
     n = len(service)
     touched = np.empty((n * levels.A + n, 3), np.int32)
     raised = levels.raise_levels(
-        part, parts, slots, service, counts, told, sent, moved, tries, shared, fresh, surprise, misplaced, beyond, most,
-        cells, past, born, inside, record, tau, span, step, an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET, fade, now,
-        touched,
+        part, parts, slots, service, counts, told, sent, moved, tries, shared, fresh, surprise, settled, misplaced,
+        beyond, most, cells, past, born, inside, record, tau, span, step, an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET,
+        fade, now, touched,
     )  # fmt: skip
-    raised = levels.set_statistic(
-        part, parts, slots[0], cells[3], slots[4], strength, _BEACON, 1, 0, now, touched, raised
-    )
+    for k, (a, column) in enumerate(((_BEACON, _BEAT), (_SESSION, _LASTING))):
+        raised = levels.set_statistic(
+            part, parts, slots[0], cells[3], slots[4], strengths[k], a, _WIDTH, column, now, touched, raised
+        )
     found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
     count = judge(
         touched, raised, slots, service, cells, past, born, births, record, rate, shape, scales, floors, tau, span,

@@ -47,6 +47,8 @@ TITLES = {
     "fail-in": "Target of failed connections",
     "novelty": "Services new to this host",
     "beacon": "Beacon",
+    "session": "Session without an end",
+    "newcomer": "Newcomer among settled clients",
     "meeting": "Implausible first meetings",
     "joint": "Several unusual things at once",
 }

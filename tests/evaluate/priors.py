@@ -26,7 +26,7 @@ MOST, RATE_AT, MEAN_AT = 1_000.0, (1.0, 500.0), (1.5, 3.0)
 LEFT_OUT = {"guess": ("darpa98", "westermo", "rita_beacon"), "chatter": ("darpa98", "westermo")}
 """Files that say nothing of an analytic: no ports, or what it is to find is labelled benign (`models/prior.py`)."""
 
-AGELESS = ("exfil", "drip", "haul")
+AGELESS = ("exfil", "drip", "haul", "session", "newcomer")
 """Analytics with one mean excess for all ages: a handful of exceedances."""
 
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]

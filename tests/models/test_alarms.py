@@ -14,13 +14,15 @@ from flowsage.graph.flows import from_table
 from flowsage.models import analytics as an
 from flowsage.models.alarms import AlarmConfig, Alarms
 from flowsage.models.episodes import Episodes, Offer
-from flowsage.models.explain import Explained
+from flowsage.models.explain import Explained, duration
 from flowsage.models.finding import Finding
 from flowsage.models.history import History
 from tests.models.alarm_streams import (
     CLIENTS,
+    DNS,
     FILES,
     LAB,
+    LASTING,
     MISBEHAVIOURS,
     PANE,
     SSH,
@@ -99,6 +101,27 @@ def test_who_fetches_more_than_anybody_ever_did_from_a_service_is_raised_and_who
     told = created(Watch(LOUD).run(rows, day + 60))
     mine = [(f.peer, f.analytic) for f in told if f.host == CLIENTS[5] and f.alarm_ns > START + day * S]
     assert mine == ([] if usual else [(FILES, "haul")])
+
+
+def test_a_connection_that_is_reported_piece_by_piece_is_a_session_and_no_beacon():
+    rows = office(BEGIN + 260, 1)
+    rows += [(BEGIN + i, CLIENTS[6], "198.51.100.9", LASTING, 1, 400, 300) for i in range(250)]
+    told = [f for f in Watch(LOUD).run(rows, BEGIN + 255) if f.host == CLIENTS[6] and f.activity != "close"]
+    assert {f.analytic for f in told} == {"session"}
+    lasted = told[0].evidence[0].observed
+    assert 50 < lasted < 250
+    assert told[0].sentence.endswith(f"without a pause for {duration(lasted)}")
+    assert told[0].evidence[0].facts == {"lasted_s": pytest.approx(lasted, rel=1e-3)}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_who_comes_to_settled_clients_is_raised_unless_he_uses_such_a_service_elsewhere(elsewhere):
+    day = an.DAY / LAB.time_scale + 60
+    rows = [*office(day + 60, 1), (day + 1, CLIENTS[5], FILES, 873, 1, 900, 400)]
+    if elsewhere:
+        rows += [(t, CLIENTS[5], DNS, 873, 1, 900, 400) for t in np.arange(2, day, 5.0).tolist()]
+    told = [f for f in created(Watch(LOUD).run(rows, day + 60)) if f.alarm_ns > START + day * S]
+    assert [(f.host, f.peer, f.analytic) for f in told] == ([] if elsewhere else [(CLIENTS[5], FILES, "newcomer")])
 
 
 def test_ten_minutes_without_misbehaviour_raise_at_most_one_host():

@@ -22,7 +22,7 @@ def looked(c: Contacts, known: float = 0.0, surprise: float = 0.0) -> ContactTer
     of = np.full(len(c), known)
     zero = np.zeros(len(c))
     return ContactTerms(
-        known=of, pair_known=of, service_known=of, C_ss=zero + surprise, sources=zero + 1
+        known=of, pair_known=of, service_known=of, C_ss=zero + surprise, sources=zero + 1, settled=zero
     )  # fmt: skip
 
 
@@ -187,16 +187,33 @@ def test_steady_traffic_of_a_new_host_is_no_news_however_long_a_level_remembers(
     assert worst < 0.25
 
 
+class Contact:
+    """One contact, and what is remembered of its beat."""
+
+    def __init__(self, scale: float = 1.0, *, near: bool = False) -> None:
+        self.scale, self.near = scale, np.array([near])
+        self.visits, self.state = np.zeros((1, 2)), np.zeros((1, beacon.COLUMNS), np.float32)
+        self.tally, self.polled = np.zeros((1, 3)), np.zeros(1, np.float32)
+
+    def seen(self, at: float, lasts: float = 0.0) -> tuple[float, float]:
+        """A flow of it at a time, s: strengths of beat and session."""
+        none, beat, session = np.zeros(1, np.int32), np.zeros(1), np.zeros(1)
+        beacon.beats(
+            none, none, none, self.near, np.array([at]), np.array([at + lasts]), np.array([6.0]),
+            np.ones(1), self.visits, self.state, self.tally, self.polled, np.array([100.0]), np.zeros(1), self.scale,
+            beat, session,
+        )  # fmt: skip
+        return float(beat[0]), float(session[0])
+
+
 def test_a_clock_is_told_from_chance():
     rng = np.random.default_rng(3)
     ratio = {}
     for kind, gaps in (("clock", 60 + rng.uniform(-6, 6, 20)), ("chance", 20 + rng.exponential(60, 20))):
-        visits, state = np.zeros((1, 2)), np.zeros((1, beacon.COLUMNS), np.float32)
-        tally, out = np.zeros((1, 2)), np.zeros(1)
+        contact = Contact()
         for t in np.cumsum(gaps):
-            beacon.beats(np.zeros(1, np.int32), np.zeros(1, np.int32), np.array([t]), np.array([6.0]), np.ones(1),
-                         visits, state, tally, np.array([100.0]), np.zeros(1), 1.0, out)  # fmt: skip
-        ratio[kind] = state[0, beacon.LLR]
+            contact.seen(t)
+        ratio[kind] = contact.state[0, beacon.LLR]
     assert ratio["clock"] > 25
     assert ratio["chance"] < 8
 
@@ -204,22 +221,57 @@ def test_a_clock_is_told_from_chance():
 def test_beats_do_not_depend_on_the_scale_of_time():
     strengths = []
     for scale in (1.0, 60.0):
-        visits, state = np.zeros((1, 2)), np.zeros((1, beacon.COLUMNS), np.float32)
-        tally, out = np.zeros((1, 2)), np.zeros(1)
-        for i in range(20):
-            beacon.beats(np.zeros(1, np.int32), np.zeros(1, np.int32), np.array([i * 240.0 / scale]), np.array([6.0]),
-                         np.ones(1), visits, state, tally, np.array([1.0]), np.zeros(1), scale, out)  # fmt: skip
-        strengths.append(out[0])
+        contact = Contact(scale)
+        strengths.append([contact.seen(i * 240.0 / scale) for i in range(20)][-1][0])
     assert strengths[0] == pytest.approx(strengths[1], rel=1e-5)
     assert strengths[0] > 1
 
 
-def added(service, inside, *, flows=1, failed=0, sent=0, moved=0, sources=1.0, new=True, misplaced=np.nan):
+def test_pieces_of_one_connection_are_one_visit_and_a_session_once_it_is_long():
+    contact = Contact()
+    strengths = [contact.seen(i * 300.0, lasts=299.0) for i in range(25)]
+    assert contact.state[0, beacon.BEATS] == 0
+    assert [beat for beat, _ in strengths] == [0.0] * 25
+    assert [session > 0 for _, session in strengths] == [i >= 6 for i in range(25)]
+    assert strengths[-1][1] == pytest.approx(math.log1p((24 * 300 + 299) / 1_800))
+
+
+def test_a_session_counts_less_where_others_have_theirs_and_not_at_all_within_the_network():
+    for near, others, worth in ((False, 0, 1.0), (False, 3, 0.25), (True, 0, 0.0)):
+        contact = Contact(near=near)
+        contact.tally[0, beacon.LASTING] = others
+        assert contact.seen(0.0, lasts=7_200.0)[1] == pytest.approx(worth * math.log1p(4.0))
+
+
+def test_who_calls_many_of_its_own_network_by_the_clock_polls_them():
+    strength = {}
+    for near, others in ((True, 0), (True, 4), (False, 4)):
+        contact = Contact(near=near)
+        contact.polled[:] = others
+        strength[near, others] = [contact.seen(60.0 * i) for i in range(30)][-1][0]
+    assert strength[True, 4] == pytest.approx(strength[True, 0] / 5)
+    assert strength[False, 4] == strength[True, 0] > 1
+
+
+def added(
+    service,
+    inside,
+    *,
+    flows=1,
+    failed=0,
+    sent=0,
+    moved=0,
+    sources=1.0,
+    new=True,
+    surprise=0.0,
+    settled=0.0,
+    misplaced=np.nan,
+):
     """What one contact adds, by analytic; answered, but for what failed of it."""
     out = np.empty(len(an.TABLE))
     an.contributions(
-        service, flows, flows - failed, failed, True, sent, moved, 0.0, sources, np.array(inside), new, new, new, 0.0,
-        misplaced, out,
+        service, flows, flows - failed, failed, True, sent, moved, 0.0, sources, np.array(inside), new, new, new,
+        surprise, settled, misplaced, out,
     )  # fmt: skip
     return dict(zip(an.NAMES, out.tolist(), strict=True))
 
@@ -247,6 +299,19 @@ def test_what_is_moved_within_the_network_is_a_haul_either_way_but_of_answers():
     assert added(HTTPS, (True, True), moved=3e6)["haul"] == 3e6 / an.BYTES_SCALE
     assert added(HTTPS, (True, False), moved=3e6)["haul"] == added(HTTPS, (False, True), moved=3e6)["haul"] == 0
     assert added((7 << 20) + 100_444, (True, True), moved=3e6)["haul"] == 0
+
+
+def test_a_newcomer_counts_by_how_settled_the_clients_are_and_how_seldom_it_takes_to_something_new():
+    settled = math.log(200.0)
+    said = {c: added(HTTPS, (True, True), surprise=c, settled=settled)["newcomer"] for c in (0.0, 2.0, 4.0, 9.0)}
+    assert said[2.0] == pytest.approx(200.0 / an.VISITS)
+    assert said[0.0] == pytest.approx(said[2.0] * math.exp(-2))
+    assert said[4.0] == said[9.0] == pytest.approx(said[2.0] * math.exp(2))
+    assert added(HTTPS, (True, True), surprise=9.0, settled=math.log(19.0))["newcomer"] == 0, "new clients are common"
+    assert added(HTTPS, (True, True), settled=settled, new=False)["newcomer"] == 0
+    assert added(HTTPS, (True, True), settled=settled, failed=1)["newcomer"] == 0
+    for inside in ((True, False), (False, True)):
+        assert added(HTTPS, inside, settled=settled)["newcomer"] == 0
 
 
 def test_what_goes_on_for_hours_is_asked_of_services_that_are_known():

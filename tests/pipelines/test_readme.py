@@ -41,14 +41,15 @@ def test_every_metric_is_in_the_table_and_nothing_else() -> None:
 
 def test_every_analytic_is_in_the_table_as_the_code_has_it() -> None:
     words = {name: f"*{name}*" for name in ("host", "peer", "service")} | {"observed": "*n*", "count": "*n*"}
-    words |= {"span": "*time*", "on": "", "beats": "every *time*, *n* times"}
+    words |= {"span": "*time*", "on": ""}
+    shapes = {"beacon": "every *time*, *n* times", "session": "*time*"}
     block_s = Settings().alarms.block / 10**9
     assert block_s == 15 * 60
     assert AlarmConfig().ready_blocks * block_s == 3600
     rows = []
     for i, a in enumerate(analytics.TABLE):
         since = "at once" if analytics.FIRST[i] else "after a block" if analytics.EARLY[i] else "after an hour"
-        sentence = a.words.format(**words)
+        sentence = a.words.format(**words, shape=shapes.get(a.name))
         rows.append(f"| {TITLES[a.name]} | `{a.name}` | {sentence} | {a.technique or ''} | {since} |")
     table = README[README.index("| `finding_info.title` |") :].split("\n\n")[0].splitlines()[2:]
     assert table == rows
