@@ -30,7 +30,8 @@ BYTES_SCALE = 1e4
 """Bytes in one unit of level: below ten kilobytes nothing is worth a word."""
 
 VISITS = 20.0
-"""Visits of clients to a server for one by a new client, in one unit of level: below that, new clients are common."""
+"""Visits of clients to a server for one by a new client, in one unit of level: below that, new clients are common. They
+count more where the newcomer seldom takes to a new service, and less where it often does."""
 
 ADMIN_PORTS = (22, 23, 135, 139, 445, 3389, 5900, 5985, 5986)
 """TCP services through which one host is given orders by another."""
@@ -113,7 +114,7 @@ TABLE: tuple[Analytic, ...] = (
              "{host} calls {peer} on {service} like a clock, {shape}", 1),
     Analytic("session", "beacon", "source", CONTACT, 0.0, "T1071", "strength of the session",
              "{host} has been in touch with {peer} on {service} without a pause for {shape}", 1),
-    Analytic("newcomer", "novelty", "source", HOST, HOUR, None, "visits there for one by a newcomer",
+    Analytic("newcomer", "novelty", "source", HOST, HOUR, None, "visits for one so new",
              "{host} came to {count} servers{on} whose clients had long been the same in {span}", 200, scale=VISITS),
     Analytic("meeting", "novelty", "source", HOST, HOUR, "T1078", "peers that hosts like it do not meet",
              "{host} met {count} peers that hosts like it do not meet in {span}", 1.5, doubles=True,
@@ -146,6 +147,8 @@ FAMILIES = tuple(dict.fromkeys(a.family for a in TABLE))
     MEETING,
     JOINT,
 ) = range(len(TABLE))
+SHAPED = (BEACON, SESSION)
+"""Those that are judged by themselves, by what the visits of a contact look like, and not by a sum."""
 KIND = np.array([a.kind for a in TABLE], np.int64)
 FAMILY = np.array([FAMILIES.index(a.family) for a in TABLE], np.int64)
 IS_TARGET = np.array([a.role == "target" for a in TABLE])
@@ -222,9 +225,8 @@ def contributions(  # type: ignore[no-untyped-def]
     service i32 code; flows, answered, failed counts; told: replies are known; sent: bytes out − in; moved: bytes out +
     in; tries: sessions that may be no more than a guess (`Contacts.tries`); sources: distinct ones of (target,
     service); inside: (source, target) are internal; new_*: the pair, the contact (source, target, service), the
-    source's use of the service was never counted before; surprise: C_ss, nats; settled: how settled the clients
-    of (target, service) are, nats; misplaced: how much the first meeting is
-    out of place, 0 to 1, NaN where not asked.
+    source's use of the service was never counted before; surprise: C_ss, nats; settled: how settled the clients of
+    (target, service) are, nats; misplaced: how much the first meeting is out of place, 0 to 1, NaN where not asked.
     """
     out[:] = 0.0
     # A handshake that fails says something; silence where there is none (Zeek's S0 of UDP) does not: many never reply.

@@ -19,7 +19,6 @@ import numpy.typing as npt
 from flowsage.graph.services import parts_of, service_name
 from flowsage.models.analytics import (
     ANSWERED,
-    BEACON,
     CONTACT,
     DRIP,
     EXFIL,
@@ -30,7 +29,7 @@ from flowsage.models.analytics import (
     NAMES,
     PAIR,
     SERVICE,
-    SESSION,
+    SHAPED,
     SURPRISE,
     SURPRISE_MOST,
     TABLE,
@@ -134,7 +133,7 @@ def select(
             mask &= meta[:, 2] == service
     if analytic == JOINT:
         mask[len(mask) // 2 :] = False
-    elif analytic not in (BEACON, SESSION):
+    elif analytic not in SHAPED:
         mask &= inc[:, analytic] > 0
     return np.flatnonzero(mask)
 
@@ -293,7 +292,7 @@ PIECES = {
     "fail": "{value} of {flows} on {on} failed",
     "fail-in": "{value} of {flows} on {on} failed",
     "lateral": "first meeting, on {on}",
-    "newcomer": "first use of {on}, where one visit of {value} is by a new client",
+    "newcomer": "first use of {on}, at settled clients: one visit of {value} is so new",
     "exfil": "{value} more sent than received on {on}",
     "drip": "{value} more sent than received on {on}",
     "haul": "{value} moved on {on}",

@@ -100,7 +100,7 @@ class Reasons:
                 found = explain(log, names, lead[0], key, lead[1], lead[2], *times, float(self.tau[lead[0]]))
                 sentence = f"{found.sentence}; unusual at once in {told}"
                 return replace(found, sentence=sentence, lead=an.NAMES[lead[0]])
-            if a in (an.BEACON, an.SESSION):
+            if a in an.SHAPED:
                 slot = row // int(an.WIDTH[an.CONTACT])
                 shape = self._beat(slot) if a == an.BEACON else self._session(slot)
                 return explain(log, names, a, key, x, record, *times, max(shape.lasted, 1.0), shape)

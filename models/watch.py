@@ -40,7 +40,7 @@ THREADED = 1 << 14
 """Contacts of a pane from which a second thread is worth its while."""
 
 _BEACON, _SESSION, _DRIP, _HAUL, _JOINT = (int(a) for a in (an.BEACON, an.SESSION, an.DRIP, an.HAUL, an.JOINT))
-_DIRECT = np.isin(np.arange(levels.A), (an.BEACON, an.SESSION))
+_DIRECT = np.isin(np.arange(levels.A), an.SHAPED)
 _WIDTH, _BEAT, _LASTING = int(an.WIDTH[an.CONTACT]), int(an.COLUMN[an.BEACON]), int(an.COLUMN[an.SESSION])
 CELLS, PASTS, BORN, LARGEST, HOSTS, RECEIVED, BEATS, PEAKS = range(8)
 """What kernels get of the memory: cells and past of each kind of key, births of contacts, pairs and services, largest
@@ -166,10 +166,7 @@ class Watch:
             tuple(h[name] for name in _BEST),
             tuple(h[name] for name in _OF_HOSTS),
             (h["received"], h["received_past"]),
-            (
-                m.contacts.arrays["visits"], m.contacts.arrays["beat"], m.codes.arrays["tally"],
-                h["polled"],
-            ),
+            (m.contacts.arrays["visits"], m.contacts.arrays["beat"], m.codes.arrays["tally"], h["polled"]),
             (m.codes.arrays["moved"], m.codes.arrays["moved_past"]),
         )  # fmt: skip
         by = (*r.parameters, r.floors, r.open), (r.tau, r.span, r.fade), (r.block_s, r.scale, r.allowed, r.settled)
