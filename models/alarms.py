@@ -25,8 +25,8 @@ from flowsage.models.cells import Memory, by_group
 from flowsage.models.episodes import Episodes, Offer
 from flowsage.models.finding import Evidence, Finding
 from flowsage.models.history_scores import ContactTerms
-from flowsage.models.judgement import take_smallest
 from flowsage.models.reasons import Asked, Log, Reasons
+from flowsage.models.surprise import take
 from flowsage.models.watch import GRANDFATHERED, THREADED, Panes, Rules, Watch
 
 __all__ = ["AlarmConfig", "Alarms", "Evidence", "Finding"]
@@ -35,9 +35,10 @@ Array = npt.NDArray[Any]
 PIECE = 1 << 19
 """Contacts of a pane that are looked at together: bounds the memory of a flood."""
 
-VERSION = 12
+VERSION = 13
 
 NOBODY: UInt64 = np.empty(0, np.uint64)
+NOTHING = np.empty((0, 2))
 
 _BEST, _RUN = by_group("best"), by_group("run")
 
@@ -125,8 +126,8 @@ class Alarms:
         of_hosts: Sequence[int],
     ) -> tuple[list[Finding], Array]:  # fmt: skip
         """`step` of each of `windows`, that are each all of the pane that ends at its time of `ends_ns`, and after it
-        `take_p_values` of its hosts[of_hosts[k]:of_hosts[k + 1]]. It says the same, but many are looked at together."""
-        told, p, k = list[Finding](), np.empty(len(hosts)), 0
+        `take` of its hosts[of_hosts[k]:of_hosts[k + 1]]. It says the same, but many are looked at together."""
+        told, said, k = list[Finding](), np.empty((len(hosts), 2)), 0
         while k < len(ends_ns):
             end = self._together(ends_ns, windows.offsets, k)
             part = slice(int(windows.offsets[k]), int(windows.offsets[end]))
@@ -134,15 +135,15 @@ class Alarms:
             theirs = slice(of_hosts[k], of_hosts[end])
             if end == k + 1:
                 told += self.step(ends_ns[k], *these)
-                p[theirs] = self.take_p_values(hosts[theirs])
+                said[theirs] = self.take(hosts[theirs])
             else:
                 self.steps += end - k
                 self.contacts_seen += len(these[0])
                 offsets, asked = (np.asarray(o[k : end + 1]) - o[k] for o in (windows.offsets, of_hosts))
-                told += self._look(ends_ns[k:end], these[0], offsets, *these[1:], hosts[theirs], asked, p[theirs])
+                told += self._look(ends_ns[k:end], these[0], offsets, *these[1:], hosts[theirs], asked, said[theirs])
                 told += self.episodes.close(ends_ns[end - 1])
             k = end
-        return told, p
+        return told, said
 
     def _enter(self, now_ns: int) -> None:
         """A pane that ends at now_ns comes."""
@@ -164,11 +165,11 @@ class Alarms:
 
     def _look(
         self, ends_ns: Sequence[int], contacts: Contacts, offsets: Array, looked: ContactTerms, misplaced: Array,
-        hosts: UInt64 = NOBODY, of_hosts: Array | None = None, p: Array | None = None,
+        hosts: UInt64 = NOBODY, of_hosts: Array | None = None, said: Array = NOTHING,
     ) -> list[Finding]:  # fmt: skip
         """Findings created or updated by contacts of panes, no more than a `PIECE` of them, and closed before the last.
 
-        Contacts offsets[k]:offsets[k + 1] are of the pane that ends at ends_ns[k]; p f8[·] is written of hosts.
+        Contacts offsets[k]:offsets[k + 1] are of the pane that ends at ends_ns[k]; said f8[·, 2] is written of hosts.
         """
         assert self._origin_ns is not None
         now, nows = self._now, list[float]()
@@ -186,11 +187,11 @@ class Alarms:
         )  # fmt: skip
         asked = self.memory.hosts.table.find(hosts)
         of_hosts = np.zeros(len(nows) + 1, np.int64) if of_hosts is None else of_hosts
-        panes = Panes(np.array(nows), asked, of_hosts)
+        panes = Panes(np.array(nows), asked, of_hosts, self._ready_at >= 0)
         told, done = list[Finding](), 0
         while done < len(nows):
             self._now = nows[done]
-            seen = watch.look(done, panes, self._rules(watch), self._log, np.empty(0) if p is None else p)
+            seen = watch.look(done, panes, self._rules(watch), self._log, said)
             for active, new in zip(self._active, (seen.sources, seen.targets), strict=True):
                 active.append(new)
             for end_ns in ends_ns[done : seen.done - 1]:
@@ -204,8 +205,6 @@ class Alarms:
                 self._note(self.episodes)
             if done < len(nows):
                 told += self.episodes.close(ends_ns[last])
-        if p is not None and self._ready_at < 0:
-            p[:] = np.nan
         return told
 
     def _rules(self, watch: Watch) -> Rules:
@@ -232,15 +231,12 @@ class Alarms:
         self._parameters = self.calibration.parameters()
         self._floors = self.calibration.floors(self.config.budget, self._blocks_a_day)
 
-    def take_p_values(self, hosts: UInt64) -> Array:
-        """The smallest p f8[n] of each host (hashes u64[n]) in any pane since this was last asked; NaN: not ready."""
-        smallest = self.memory.hosts.arrays["smallest"]
-        slots = self.memory.hosts.table.find(hosts)
-        p = np.empty(len(hosts))
-        take_smallest(slots, smallest, p)
-        if self._ready_at < 0:
-            p[:] = np.nan
-        return p
+    def take(self, hosts: UInt64) -> Array:
+        """What is said f8[n, 2] of hosts (hashes u64[n]), since this was last asked: see `surprise.take`."""
+        h, said = self.memory.hosts.arrays, np.empty((len(hosts), 2))
+        slots, day = self.memory.hosts.table.find(hosts), an.DAY / self.config.time_scale
+        take(slots, h["smallest"], h["usual"], self._now, day, self._ready_at >= 0, said)
+        return said
 
     def _roll(self, block: int) -> None:
         """A block has ended (or several, of which all but one were empty)."""

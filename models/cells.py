@@ -57,6 +57,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "causes": ((_F,), "f4", 0.0),
         "polled": ((), "f4", 0.0),
         "smallest": ((), "f8", 1.0),
+        "usual": ((3,), "f8", 0.0),
     },
     "services": {**_cells(SERVICE), "born": ((), "f8", -1.0)},
     "pairs": {**_cells(PAIR), "born": ((), "f8", -1.0)},

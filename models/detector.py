@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from flowsage.models.finding import Finding
 from flowsage.models.history import History, HistoryConfig, HistoryScores
 from flowsage.models.meeting import MeetingPrior
 from flowsage.models.meeting_config import MeetingConfig
+from flowsage.models.surprise import IN_FLOWS, IN_HOSTS, SURPRISE, P, of_flows
 from flowsage.models.testimony import Witness
 
 ALL_TIME = 1 << 62
@@ -62,8 +64,35 @@ class ClosedWindows:
     scores: HistoryScores
     tails: Float64
     """[c] tail probability of first meetings, NaN for known contacts and while the graph is not ready."""
-    p_values: Float64
-    """[k] smallest p-value of each host-window of `scores` among the alarms' analytics, NaN while not ready."""
+    said: Float64
+    """[k, 2] what the alarms say of each host-window of `scores`: see the next two."""
+    undirected: bool = False
+
+    @property
+    def p_values(self) -> Float64:
+        """[k] smallest p-value among the alarms' analytics, NaN while not ready."""
+        return self.said[:, P]
+
+    @property
+    def surprise(self) -> Float64:
+        """[k] decades by which that p is smaller than is usual for the host, 0 while not ready."""
+        return self.said[:, SURPRISE]
+
+    @cached_property
+    def flow_surprise(self) -> Float64:
+        """[n] that of the flow's source in its window; undirected, the larger of both ends'."""
+        s = self.scores
+        return of_flows(self.contacts, s.host, s.window, self.surprise, undirected=self.undirected)
+
+    @property
+    def flow_score(self) -> Float64:
+        """[n] history's, and what the alarms say of the host on top of it, nats."""
+        return self.scores.flow_score + IN_FLOWS * self.flow_surprise
+
+    @property
+    def host_score(self) -> Float64:
+        """[k] the same of host-windows."""
+        return self.scores.score + IN_HOSTS * self.surprise
 
     def graph(self, k: int, internal: Internal | None = None) -> HostGraph:
         """The host graph of the k-th window of the run, with its features."""
@@ -116,8 +145,8 @@ class Detector:
         tails = np.full(len(run), np.nan)
         for k, (begin, end) in enumerate(zip(run.offsets[:-1], run.offsets[1:], strict=True)):
             tails[begin:end] = self._meet(run.slice(k), first[begin:end])
-        p_values = self.alarms.take_p_values(flows.hosts.hash[scores.host])
-        return ClosedWindows(flows, run, scores, tails, p_values)
+        said = self.alarms.take(flows.hosts.hash[scores.host])
+        return ClosedWindows(flows, run, scores, tails, said, self.config.history.undirected)
 
     def whole(
         self, flows: FlowBatch, ends_ns: Sequence[int], *, terms: bool = False
@@ -130,7 +159,7 @@ class Detector:
         scores = self.history.score(flows, run, terms=terms, looked=True)
         assert scores.looked is not None
         first, hosts = scores.known == 0, flows.hosts.hash[scores.host]
-        tails, p_values, found = np.full(len(run), np.nan), np.empty(len(hosts)), list[Finding]()
+        tails, said, found = np.full(len(run), np.nan), np.empty((len(hosts), 2)), list[Finding]()
         of_hosts = [*np.searchsorted(scores.window, run.windows).tolist(), len(hosts)]
         misplaced = np.empty(len(run))
         for k in range(len(ends_ns)):
@@ -140,11 +169,11 @@ class Detector:
             if self.alarms.witness is not None:  # who tells what the graph knows now, before it learns more
                 theirs = slice(of_hosts[k], of_hosts[k + 1])
                 found += self.alarms.step(ends_ns[k], seen, scores.looked.some(part), misplaced[part])
-                p_values[theirs] = self.alarms.take_p_values(hosts[theirs])
+                said[theirs] = self.alarms.take(hosts[theirs])
             tails[part] = self._meet(seen, fresh)
         if self.alarms.witness is None:
-            found, p_values = self.alarms.step_each(ends_ns, run, scores.looked, misplaced, hosts, of_hosts)
-        return found, ClosedWindows(flows, run, scores, tails, p_values)
+            found, said = self.alarms.step_each(ends_ns, run, scores.looked, misplaced, hosts, of_hosts)
+        return found, ClosedWindows(flows, run, scores, tails, said, self.config.history.undirected)
 
     def _meet(self, window: Contacts, first: npt.NDArray[np.bool_]) -> Float64:
         """Tails of a window's first meetings, from which the prior then learns."""

@@ -23,16 +23,6 @@ JOINT_MOST = 6.0
 
 
 @numba.njit(cache=True, nogil=True)
-def take_smallest(slots, smallest, p):  # type: ignore[no-untyped-def]
-    """The smallest p f8[n] of hosts i32[n] (-1: 1), from which on it is 1 again."""
-    for i in range(len(slots)):
-        p[i] = min(smallest[slots[i]], 1.0) if slots[i] >= 0 else 1.0
-    for i in range(len(slots)):
-        if slots[i] >= 0:
-            smallest[slots[i]] = 1.0
-
-
-@numba.njit(cache=True, nogil=True)
 def judge(  # type: ignore[no-untyped-def]
     touched, m, slots, service, cells, past, host_born, born, host_record,
     rate, shape, scale, floors, tau, span, step, column, kind, width, family, is_target, direct, learns, least, share,

@@ -25,6 +25,7 @@ from flowsage.models.history import History
 from flowsage.models.keys import KeyTable
 from flowsage.models.meeting import MeetingPrior
 from flowsage.models.meeting_config import MeetingConfig
+from flowsage.models.surprise import of_flows
 
 _MINUTE = 60_000_000_000
 
@@ -115,7 +116,8 @@ def warm_alarms(flows: FlowBatch, run: Contacts) -> None:
     seen = History().lookup(run)
     for step in range(3):
         alarms.step((step + 1) * AlarmConfig().block_ns, run, seen, np.full(len(run), np.nan))
-    alarms.take_p_values(flows.hosts.hash)
+    alarms.take(flows.hosts.hash)
+    of_flows(run, run.src[:1], run.windows[:1], np.ones(1), undirected=True)
 
 
 STEPS: tuple[Callable[[FlowBatch, Contacts], None], ...] = (

@@ -24,9 +24,10 @@ from flowsage.models.beacon import REGULAR, beats
 from flowsage.models.cells import PAST, Memory, Store, by_group
 from flowsage.models.episodes import QUIET
 from flowsage.models.history_scores import ContactTerms
-from flowsage.models.judgement import judge, take_smallest
+from flowsage.models.judgement import judge
 from flowsage.models.peaks import highest, learn
 from flowsage.models.reasons import Log
+from flowsage.models.surprise import take
 from flowsage.models.uploads import usual
 
 Array = npt.NDArray[Any]
@@ -51,7 +52,7 @@ CHANCES, TIMES, BOUNDS = range(3)
 """What they get of `Rules`: by what p is told, [A] of each analytic, and numbers."""
 
 _BEST = by_group("best")
-_OF_HOSTS = "born", "inside", "active", "record", "causes", "excluded", "smallest"
+_OF_HOSTS = "born", "inside", "active", "record", "causes", "excluded", "smallest", "usual"
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Panes:
-    """When each of w panes ends, s, and whose smallest p is asked for when it is done: hosts i32[·] from of_hosts[k] to
-    of_hosts[k + 1]."""
+    """When each of w panes ends, s, and of whom it is asked what is to be said when it is done: hosts i32[·] from
+    of_hosts[k] to of_hosts[k + 1]; whether alarms are ready."""
 
     now: Array
     hosts: Array
     of_hosts: Array
+    ready: bool
 
 
 class Watch:
@@ -154,9 +156,9 @@ class Watch:
         active = self._memory.hosts.arrays["active"]
         return len(np.unique(self._slots[0][active[self._slots[0], 0] != self._block]))
 
-    def look(self, k: int, panes: Panes, rules: Rules, log: Log, p: Array) -> Found:
-        """Look at pane k and at those after it, up to the first in which something is found; p f8[·] of `panes.hosts`
-        is written on the way."""
+    def look(self, k: int, panes: Panes, rules: Rules, log: Log, said: Array) -> Found:
+        """Look at pane k and at those after it, up to the first in which something is found; said f8[·, 2] of
+        `panes.hosts` is written on the way."""
         m, r = self._memory, rules
         h, stores = m.hosts.arrays, (m.hosts, m.services, m.pairs, m.contacts)
         keyed = (
@@ -173,15 +175,15 @@ class Watch:
         logged = log.inc, log.meta, log.at
         active = np.empty((2, len(self._slots[0])), np.int64)
         if self._offsets[k + 1] - self._offsets[k] >= THREADED:
-            return self._flood(k, panes, keyed, by, logged, active, p)
+            return self._flood(k, panes, keyed, by, logged, active, said)
         done, sources, targets, found, values = _look(
-            k, panes.now, self._offsets, panes.hosts, panes.of_hosts, self._slots, self._what, self._more, keyed, by,
-            self._block, logged, active, p,
+            k, panes.now, self._offsets, panes.hosts, panes.of_hosts, panes.ready, self._slots, self._what, self._more,
+            keyed, by, self._block, logged, active, said,
         )  # fmt: skip
         return Found(int(done), found, values, active[0, :sources].copy(), active[1, :targets].copy())
 
     def _flood(  # type: ignore[no-untyped-def]
-        self, k: int, panes: Panes, keyed, by, log, active: Array, p: Array
+        self, k: int, panes: Panes, keyed, by, log, active: Array, said: Array
     ) -> Found:
         """As `look`, at one pane of many contacts, which has to be all there is: with two threads."""
         n, now, slots = len(self._slots[0]), float(panes.now[k]), self._slots
@@ -202,7 +204,8 @@ class Watch:
         learn(slots, keyed[CELLS][1], keyed[PEAKS][0], now)
         found, values = np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
         asked = slice(int(panes.of_hosts[k]), int(panes.of_hosts[k + 1]))
-        take_smallest(panes.hosts[asked], keyed[HOSTS][-1], p[asked])
+        _, _, _, _, _, _, smallest, usual = keyed[HOSTS]
+        take(panes.hosts[asked], smallest, usual, now, an.DAY / by[BOUNDS][1], panes.ready, said[asked])
         return Found(k + 1, found, values, active[0, :sources].copy(), active[1, :targets].copy())
 
     def _both(self, first: Callable[[], _First], second: Callable[[], _Second]) -> tuple[_First, _Second]:
@@ -213,12 +216,13 @@ class Watch:
 
 @numba.njit(cache=True, nogil=True)
 def _look(  # type: ignore[no-untyped-def]
-    k, nows, offsets, hosts, of_hosts, slots, what, more, keyed, by, block, log, active, p
+    k, nows, offsets, hosts, of_hosts, ready, slots, what, more, keyed, by, block, log, active, said
 ):
     """See `Watch.look`: (panes done, active sources, active targets, found, values)."""
     service, counts, told, sent, moved, shared, surprise, settled, misplaced = what
     known, tries, first, last, size, first_ns, last_ns = more
-    smallest, actives = keyed[HOSTS][6], np.zeros(2, np.int64)
+    _, _, _, _, _, _, smallest, usual = keyed[HOSTS]
+    day, actives = an.DAY / by[BOUNDS][1], np.zeros(2, np.int64)
     while True:
         a, b, now = offsets[k], offsets[k + 1], nows[k]
         mine, fresh, some = slots[:, a:b].copy(), np.empty((b - a, 3), np.bool_), np.empty((2, b - a), np.int64)
@@ -236,8 +240,8 @@ def _look(  # type: ignore[no-untyped-def]
         pane = _enter(mine, these, fresh, tries[a:b], first_ns[a:b], last_ns[a:b], keyed, by, now, news, log)
         found, values = _weigh(np.int64(0), np.int64(1), mine, pane, strengths, keyed, by, now)
         learn(mine, keyed[CELLS][1], keyed[PEAKS][0], now)
-        asked = hosts[of_hosts[k] : of_hosts[k + 1]]
-        take_smallest(asked, smallest, p[of_hosts[k] : of_hosts[k + 1]])
+        asked = of_hosts[k], of_hosts[k + 1]
+        take(hosts[asked[0] : asked[1]], smallest, usual, now, day, ready, said[asked[0] : asked[1]])
         k += 1
         if len(found) or k == len(nows):
             return k, actives[0], actives[1], found, values
@@ -246,7 +250,7 @@ def _look(  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _register(slots, counts, known, keyed, now, block, fresh, active):  # type: ignore[no-untyped-def]
     """`levels.register` of a pane."""
-    born, _, last, _, _, _, _ = keyed[HOSTS]
+    born, _, last, _, _, _, _, _ = keyed[HOSTS]
     return levels.register(slots, counts[2], known, born, keyed[BORN], last, now, block, fresh, active)
 
 
@@ -254,7 +258,7 @@ def _register(slots, counts, known, keyed, now, block, fresh, active):  # type: 
 def _strengths(slots, first, last, size, shared, keyed, by):  # type: ignore[no-untyped-def]
     """Strength f8[2, c] of the beat and of the session of each contact's key, after the pane's contacts."""
     visits, state, tally, polled = keyed[BEATS]
-    born, inside, _, _, _, _, _ = keyed[HOSTS]
+    born, inside, _, _, _, _, _, _ = keyed[HOSTS]
     _, scale, _, settled = by[BOUNDS]
     n = len(first)
     strengths, grandfathered, near = np.empty((2, n)), np.empty(n), np.empty(n, np.bool_)
@@ -272,7 +276,7 @@ def _strengths(slots, first, last, size, shared, keyed, by):  # type: ignore[no-
 def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, log):  # type: ignore[no-untyped-def]
     """A pane's contacts into the log and what is sent outside; returns what levels are raised by."""
     service, counts, told, sent, moved, shared, surprise, settled, misplaced = what
-    born, inside, _, _, _, _, _ = keyed[HOSTS]
+    born, inside, _, _, _, _, _, _ = keyed[HOSTS]
     received, received_past = keyed[RECEIVED]
     tau, span, fade = by[TIMES]
     step, scale, _, _ = by[BOUNDS]
@@ -302,7 +306,7 @@ def _weigh(part, parts, slots, pane, strengths, keyed, by, now):  # type: ignore
     """Raise the levels of a part of a pane's hosts, and judge them."""
     service, counts, told, sent, moved, tries, shared, fresh, surprise, settled, misplaced, beyond, most = pane
     cells, past, births, best, of_hosts, _, _, _ = keyed
-    born, inside, _, record, causes, excluded, smallest = of_hosts
+    born, inside, _, record, causes, excluded, smallest, _ = of_hosts
     rate, shape, scales, floors, open_ = by[CHANCES]
     tau, span, fade = by[TIMES]
     step, scale, allowed, _ = by[BOUNDS]

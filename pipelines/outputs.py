@@ -21,7 +21,7 @@ from flowsage.pipelines.findings import SEVERITIES, to_json
 from flowsage.pipelines.readable import finding_lines
 
 _SCORES = ("flow_score", "beacon_score")
-_SHARES = ("first_meeting_tail", *NAMES, "history")
+_SHARES = ("first_meeting_tail", "surprise", *NAMES, "history")
 """Columns of a `ScoreTable`, f64 and f32."""
 
 _BLOCK = 1 << 17
@@ -35,7 +35,8 @@ _Block = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.fl
 
 
 class ScoreTable:
-    """A row for each input row: flow_score, beacon_score, first_meeting (tail), and a column a term of history.
+    """A row for each input row: flow_score, beacon_score, first_meeting (tail), surprise, and a column a term of
+    history.
 
     It is made in a thread of its own. Where flows come in the order of their rows, as those of a file mostly do, what
     is a row group is written at once.
@@ -80,6 +81,7 @@ class ScoreTable:
         scores, n, done = closed.scores, len(closed.flows), 0
         assert scores.parts is not None  # a table wants the terms
         tails, terms = closed.tails[closed.contacts.of_flow], scores.parts.table()
+        flow_score, surprise = closed.flow_score, closed.flow_surprise
         while done < n:
             if self._used == _BLOCK:
                 self._used = 0
@@ -90,8 +92,8 @@ class ScoreTable:
             here, there = slice(self._used, self._used + count), slice(done, done + count)
             rows, wide, narrow = self._blocks[-1]
             rows[here] = closed.flows.row[there]
-            wide[0, here], wide[1, here] = scores.flow_score[there], scores.beacon_score[there]
-            narrow[0, here], narrow[1:, here] = tails[there], terms[:, there]
+            wide[0, here], wide[1, here] = flow_score[there], scores.beacon_score[there]
+            narrow[0, here], narrow[1, here], narrow[2:, here] = tails[there], surprise[there], terms[:, there]
             self._used += count
             done += count
             if self._used == _BLOCK and len(self._blocks) == _GROUP and self._ordered:
@@ -154,7 +156,7 @@ class HostTableWriter:
             self._name()
             self._recent = names, []
         self._recent[1].append(closed.scores.host)
-        self._parts.append((closed.scores.window * self._window_ns, closed.scores.score, closed.p_values))
+        self._parts.append((closed.scores.window * self._window_ns, closed.host_score, closed.p_values))
 
     def _name(self) -> None:
         if self._recent is not None:

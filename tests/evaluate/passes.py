@@ -19,7 +19,7 @@ from flowsage.graph.flows import FlowBatch
 from flowsage.graph.window import WindowBuffer, in_order
 from flowsage.models.alarms import Alarms
 from flowsage.models.calibration import Calibration
-from flowsage.models.detector import ALL_TIME
+from flowsage.models.detector import ALL_TIME, ClosedWindows
 from flowsage.models.finding import Finding
 from flowsage.models.history import History, HistoryConfig
 from flowsage.models.history_scores import ContactTerms
@@ -88,6 +88,7 @@ def score(
 ) -> Scored:
     """Everything of one file with the default configuration; without `scores` only findings are kept.
 
+    Scores are with what the alarms of the last prior say, at the budget of 10 where it is among them.
     The calibrations of all (prior, budget) are appended to `calibrations`, as they are in the end; what alarms are
     shown (by the last prior) to `panes`, for those who try other alarms.
     """
@@ -96,6 +97,7 @@ def score(
     config = next(iter(made.values()))
     known = History(history or config.history)
     alarms = {(p, b): Alarms(replace(made[p].alarms, budget=b)) for p in priors for b in budgets}
+    ranking = alarms[priors[-1], 10.0 if 10.0 in budgets else budgets[-1]]
     names = next(iter(made.values())).alarms.internal
     internal = Internal(PRIVATE if names is None else names)
     prior = {p: MeetingPrior(made[p].meeting, internal) if made[p].graph else None for p in priors}
@@ -115,6 +117,7 @@ def score(
         run = contacts(flows, config.window_ns)
         said = known.score(flows, run)
         first = said.known == 0
+        asked = np.full(len(run), np.nan)
         for name, p in prior.items():
             if p is None:
                 continue
@@ -125,10 +128,11 @@ def score(
                 p.learn(window, first[begin:end])
             tails[name][flows.row] = asked[run.of_flow]
         if scores:
-            flow_score[flows.row], beacon_score[flows.row] = said.flow_score, said.beacon_score
+            closed = ClosedWindows(flows, run, said, asked, ranking.take(flows.hosts.hash[said.host]), undirected)
+            flow_score[flows.row], beacon_score[flows.row] = closed.flow_score, said.beacon_score
             names = pc.take(flows.hosts.names, said.host).to_numpy(zero_copy_only=False).astype(str)
             end = (said.window + 1) * config.window_ns
-            host_parts.append(pd.DataFrame({"host": names, "window_end_ns": end, "score": said.score}))
+            host_parts.append(pd.DataFrame({"host": names, "window_end_ns": end, "score": closed.host_score}))
 
     for step in file.steps(config.alarms.pane_ns):
         buffer.add(step.flows, "file", step.watermark_ns)

@@ -245,7 +245,7 @@ def test_panes_that_are_looked_at_together_say_what_they_say_one_by_one():
     for k, end in enumerate(ends):
         part = slice(*panes.offsets[k : k + 2])
         said += one.step(end, panes.slice(k), looked.some(part), blank[part])
-        p.append(one.take_p_values(hosts[slice(*of_hosts[k : k + 2])]))
+        p.append(one.take(hosts[slice(*of_hosts[k : k + 2])]))
     together, smallest = many.step_each(ends, panes, looked, blank, hosts, of_hosts)
     assert together == said
     assert {"create", "close"} <= {f.activity for f in said}

@@ -39,7 +39,8 @@ def test_the_first_half_is_scored_the_same_whatever_follows() -> None:
     half = run(Detector(config), batch.take(np.flatnonzero(batch.start_ns // WINDOW_NS < whole[10].scores.window[0])))
     assert len(half) == 10
     for a, b in zip(half, whole, strict=False):
-        assert np.array_equal(a.scores.flow_score, b.scores.flow_score)
+        assert np.array_equal(a.flow_score, b.flow_score)
+        assert np.array_equal(a.host_score, b.host_score)
         assert np.array_equal(a.tails, b.tails, equal_nan=True)
         assert np.array_equal(a.p_values, b.p_values, equal_nan=True)
 
@@ -62,7 +63,10 @@ def test_windows_that_come_whole_are_told_the_same_together_as_one_by_one(undire
     for name in ("flow_score", "beacon_score", "known"):
         assert np.array_equal(getattr(whole.scores, name), np.concatenate([getattr(c.scores, name) for c in closed]))
     assert np.array_equal(whole.tails, np.concatenate([c.tails for c in closed]), equal_nan=True)
-    assert np.array_equal(whole.p_values, np.concatenate([c.p_values for c in closed]), equal_nan=True)
+    for name in ("p_values", "surprise", "flow_score", "host_score"):
+        expected = np.concatenate([getattr(c, name) for c in closed])
+        assert np.array_equal(getattr(whole, name), expected, equal_nan=True), name
+    assert whole.surprise.any()
     for name, term in whole.scores.terms.items():
         assert np.array_equal(term, np.concatenate([c.scores.terms[name] for c in closed])), name
     (one, told), (other, told_together) = single.state(), together.state()
@@ -116,7 +120,8 @@ def test_a_saved_detector_goes_on_bit_for_bit() -> None:
     assert all(a.dtype != object for a in arrays.values())
     other = Detector.restore(config, arrays, json.loads(json.dumps(values)))
     for a, b in zip(run(whole, second), run(other, second), strict=True):
-        assert np.array_equal(a.scores.flow_score, b.scores.flow_score)
+        assert np.array_equal(a.flow_score, b.flow_score)
+        assert np.array_equal(a.host_score, b.host_score)
         assert np.array_equal(a.tails, b.tails, equal_nan=True)
         assert np.array_equal(a.p_values, b.p_values, equal_nan=True)
     one, two = whole.state(), other.state()

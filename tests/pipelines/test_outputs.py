@@ -18,12 +18,12 @@ NAMES = ("flow_score", "beacon_score", *outputs._SHARES)
 def closed(rows: np.ndarray) -> Any:
     """Windows that closed, whose every number tells its row and its column."""
     numbers = rows[None] + np.arange(len(NAMES))[:, None] / 64
-    scores = SimpleNamespace(
-        flow_score=numbers[0], beacon_score=numbers[1], parts=SimpleNamespace(table=lambda: numbers[3:])
-    )
+    scores = SimpleNamespace(beacon_score=numbers[1], parts=SimpleNamespace(table=lambda: numbers[4:]))
     flows = type("Flows", (), {"row": rows, "__len__": lambda _: len(rows)})()
     contacts = SimpleNamespace(of_flow=np.arange(len(rows)))
-    return SimpleNamespace(scores=scores, flows=flows, tails=numbers[2], contacts=contacts)
+    return SimpleNamespace(
+        scores=scores, flows=flows, flow_score=numbers[0], tails=numbers[2], flow_surprise=numbers[3], contacts=contacts
+    )
 
 
 @pytest.fixture(autouse=True)
