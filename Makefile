@@ -29,6 +29,8 @@ ROOMS := bpf collector graph models pipelines
 SOURCES := $(foreach r,$(ROOMS),$(wildcard $(r)/*.py $(r)/*/*.py))
 KERNELS := $(wildcard graph/*.py models/*.py)
 OBJECTS := bpf/flow.bpf.o bpf/counter.bpf.o
+# Who removes the virtual environment gets it again.
+$(shell [ -x $(PYTHON) ] || rm -f $(STAMPS)/venv $(STAMPS)/packages $(STAMPS)/warm)
 # The editable install links files one by one, so it is repeated when a file comes or goes, not when one changes.
 $(shell mkdir -p $(STAMPS); printf '%s\n' $(SOURCES) | cmp -s - $(STAMPS)/modules || printf '%s\n' $(SOURCES) > $(STAMPS)/modules)
 
