@@ -83,7 +83,7 @@ TABLE: tuple[Analytic, ...] = (
     Analytic("burst", "volume", "source", SERVICE, MINUTE, None, "flows",
              "{host} opened {observed} flows on {service} in {span}", 40, True),
     Analytic("chatter", "volume", "source", SERVICE, 4 * HOUR, None, "flows",
-             "{host} opened {observed} flows on {service} in {span}", 200, True),
+             "{host} opened {observed} flows on {service} in {span}", 300, True),
     Analytic("fan", "scan", "source", HOST, MINUTE, "T1018", "new peers",
              "{host} met {observed} new peers{on} in {span}", 8),
     Analytic("sweep", "scan", "source", SERVICE, 4 * HOUR, "T1046", "new peers, failed ones in full",
@@ -226,7 +226,8 @@ def contributions(  # type: ignore[no-untyped-def]
     in; tries: sessions that may be no more than a guess (`Contacts.tries`); sources: distinct ones of (target,
     service); inside: (source, target) are internal; new_*: the pair, the contact (source, target, service), the
     source's use of the service was never counted before; surprise: C_ss, nats; settled: how settled the clients of
-    (target, service) are, nats; misplaced: how much the first meeting is out of place, 0 to 1, NaN where not asked.
+    (target, service) are, nats; misplaced: how much the first meeting is out of place, 0 to 1, less in a
+    crowd (`crowds`), NaN where not asked.
     """
     out[:] = 0.0
     # A handshake that fails says something; silence where there is none (Zeek's S0 of UDP) does not: many never reply.

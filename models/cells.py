@@ -58,6 +58,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "polled": ((), "f4", 0.0),
         "smallest": ((), "f8", 1.0),
         "usual": ((3,), "f8", 0.0),
+        "crowd": ((2,), "f8", 0.0),
     },
     "services": {**_cells(SERVICE), "born": ((), "f8", -1.0)},
     "pairs": {**_cells(PAIR), "born": ((), "f8", -1.0)},

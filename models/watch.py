@@ -22,6 +22,7 @@ from flowsage.models import analytics as an
 from flowsage.models import levels
 from flowsage.models.beacon import REGULAR, beats
 from flowsage.models.cells import PAST, Memory, Store, by_group
+from flowsage.models.crowds import LASTS, crowded
 from flowsage.models.episodes import QUIET
 from flowsage.models.history_scores import ContactTerms
 from flowsage.models.judgement import judge
@@ -52,7 +53,7 @@ CHANCES, TIMES, BOUNDS = range(3)
 """What they get of `Rules`: by what p is told, [A] of each analytic, and numbers."""
 
 _BEST = by_group("best")
-_OF_HOSTS = "born", "inside", "active", "record", "causes", "excluded", "smallest", "usual"
+_OF_HOSTS = "born", "inside", "active", "record", "causes", "excluded", "smallest", "usual", "crowd"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Watch:
         learn(slots, keyed[CELLS][1], keyed[PEAKS][0], now)
         found, values = np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
         asked = slice(int(panes.of_hosts[k]), int(panes.of_hosts[k + 1]))
-        _, _, _, _, _, _, smallest, usual = keyed[HOSTS]
+        _, _, _, _, _, _, smallest, usual, _ = keyed[HOSTS]
         take(panes.hosts[asked], smallest, usual, now, an.DAY / by[BOUNDS][1], panes.ready, said[asked])
         return Found(k + 1, found, values, active[0, :sources].copy(), active[1, :targets].copy())
 
@@ -221,7 +222,7 @@ def _look(  # type: ignore[no-untyped-def]
     """See `Watch.look`: (panes done, active sources, active targets, found, values)."""
     service, counts, told, sent, moved, shared, surprise, settled, misplaced = what
     known, tries, first, last, size, first_ns, last_ns = more
-    _, _, _, _, _, _, smallest, usual = keyed[HOSTS]
+    _, _, _, _, _, _, smallest, usual, _ = keyed[HOSTS]
     day, actives = an.DAY / by[BOUNDS][1], np.zeros(2, np.int64)
     while True:
         a, b, now = offsets[k], offsets[k + 1], nows[k]
@@ -250,7 +251,7 @@ def _look(  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _register(slots, counts, known, keyed, now, block, fresh, active):  # type: ignore[no-untyped-def]
     """`levels.register` of a pane."""
-    born, _, last, _, _, _, _, _ = keyed[HOSTS]
+    born, _, last, _, _, _, _, _, _ = keyed[HOSTS]
     return levels.register(slots, counts[2], known, born, keyed[BORN], last, now, block, fresh, active)
 
 
@@ -258,7 +259,7 @@ def _register(slots, counts, known, keyed, now, block, fresh, active):  # type: 
 def _strengths(slots, first, last, size, shared, keyed, by):  # type: ignore[no-untyped-def]
     """Strength f8[2, c] of the beat and of the session of each contact's key, after the pane's contacts."""
     visits, state, tally, polled = keyed[BEATS]
-    born, inside, _, _, _, _, _, _ = keyed[HOSTS]
+    born, inside, _, _, _, _, _, _, _ = keyed[HOSTS]
     _, scale, _, settled = by[BOUNDS]
     n = len(first)
     strengths, grandfathered, near = np.empty((2, n)), np.empty(n), np.empty(n, np.bool_)
@@ -276,18 +277,21 @@ def _strengths(slots, first, last, size, shared, keyed, by):  # type: ignore[no-
 def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, log):  # type: ignore[no-untyped-def]
     """A pane's contacts into the log and what is sent outside; returns what levels are raised by."""
     service, counts, told, sent, moved, shared, surprise, settled, misplaced = what
-    born, inside, _, _, _, _, _, _ = keyed[HOSTS]
+    born, inside, _, _, _, _, _, _, crowds = keyed[HOSTS]
     received, received_past = keyed[RECEIVED]
     tau, span, fade = by[TIMES]
     step, scale, _, _ = by[BOUNDS]
-    by_hand, awaited = np.empty(len(tries)), np.empty(len(tries))
+    by_hand, awaited, strange = np.empty(len(tries)), np.empty(len(tries)), np.empty(len(tries))
+    crowd = crowded(slots, fresh, misplaced, inside, crowds, now, LASTS / scale)
     for i in range(len(tries)):
+        # Where many come at once, it is the server that does something.
+        strange[i] = misplaced[i] / (1.0 + crowd[i])
         # Who is new itself has yet to come to its servers.
-        awaited[i] = settled[i] if now - born[slots[0, i]] >= an.HOUR / scale else 0.0
+        awaited[i] = settled[i] - np.log1p(crowd[i]) if now - born[slots[0, i]] >= an.HOUR / scale else 0.0
         # Who logs in by the clock is a program; whether its beat is a beacon's is asked elsewhere.
         by_hand[i] = 0.0 if keyed[BEATS][1][slots[4, i], REGULAR] > 0.0 else tries[i]
     levels.remember(
-        slots, service, counts, told, sent, moved, by_hand, shared, fresh, surprise, awaited, misplaced, first_ns,
+        slots, service, counts, told, sent, moved, by_hand, shared, fresh, surprise, awaited, strange, first_ns,
         last_ns,
         inside, now, news, log[0], log[1], log[2],
     )  # fmt: skip
@@ -298,7 +302,7 @@ def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, l
     most = highest(
         slots, moved, keyed[PEAKS][0], keyed[PEAKS][1], inside, tau[_HAUL], span[_HAUL], step, fade[_HAUL], now
     )
-    return service, counts, told, sent, moved, by_hand, shared, fresh, surprise, awaited, misplaced, beyond, most
+    return service, counts, told, sent, moved, by_hand, shared, fresh, surprise, awaited, strange, beyond, most
 
 
 @numba.njit(cache=True, nogil=True)
@@ -306,7 +310,7 @@ def _weigh(part, parts, slots, pane, strengths, keyed, by, now):  # type: ignore
     """Raise the levels of a part of a pane's hosts, and judge them."""
     service, counts, told, sent, moved, tries, shared, fresh, surprise, settled, misplaced, beyond, most = pane
     cells, past, births, best, of_hosts, _, _, _ = keyed
-    born, inside, _, record, causes, excluded, smallest, _ = of_hosts
+    born, inside, _, record, causes, excluded, smallest, _, _ = of_hosts
     rate, shape, scales, floors, open_ = by[CHANCES]
     tau, span, fade = by[TIMES]
     step, scale, allowed, _ = by[BOUNDS]
