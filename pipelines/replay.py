@@ -131,6 +131,11 @@ def _replay_flows(source: Path, settings: Settings, outputs: Outputs, *, as_json
     from flowsage.pipelines.sources import FlowFile
 
     file = FlowFile(source, undirected=settings.model.undirected)
+    if file.misnamed:
+        names = ", ".join(f"{theirs} (here {ours})" for theirs, ours in file.misnamed.items())
+        click.echo(
+            f"{source}: columns that are not read: {names}; rename them, or less is known of the flows", err=True
+        )
     if file.reordered:
         click.echo(f"{source}: {file.reordered:,} rows go back in time; they were put in order", err=True)
     with ScoredRun(settings, outputs, as_json=as_json) as run:

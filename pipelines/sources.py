@@ -20,6 +20,12 @@ READ = (
 )  # fmt: skip
 """Columns of a flow file that are read. Labels are not among them."""
 
+_THEIRS = {
+    "protocol": "proto", "conn_state": "state", "tcp_flags": "tcp_flags_fwd", "sport": "src_port",
+    "dport": "dst_port", "orig_bytes": "bytes_fwd", "resp_bytes": "bytes_rev", "orig_pkts": "packets_fwd",
+    "resp_pkts": "packets_rev",
+}  # fmt: skip
+"""What others call the columns that are read."""
 
 _YEARS = 820_454_400, 2_208_988_800
 """1996 and 2040, in seconds since 1970: between them lie the flows of every file whose unit we can tell."""
@@ -79,6 +85,7 @@ class FlowFile:
 
     Raises InputError where the file cannot be read as Parquet, SchemaError where a needed column is missing, null or
     of the wrong type. Rows out of time order are put in order (`reordered` says how many went back in time).
+    `misnamed`: columns that would be read under the names beside them.
     """
 
     def __init__(self, path: Path, *, undirected: bool = False) -> None:
@@ -87,6 +94,8 @@ class FlowFile:
         try:
             self._file = pq.ParquetFile(path)
             self._columns = [c for c in self._file.schema_arrow.names if c in READ]
+            theirs = [c for c in self._file.schema_arrow.names if c in _THEIRS]
+            self.misnamed = {c: _THEIRS[c] for c in theirs if _THEIRS[c] not in self._columns}
             for needed in ("start_ns", "src_ip", "dst_ip"):
                 if needed not in self._columns:
                     raise SchemaError(

@@ -19,8 +19,8 @@ from flowsage.pipelines.lab import Truth, read_truth
 
 SECOND = 10**9
 QUIET_S = 600
-SCHEDULE = {"scan": 600, "worm": 640, "guess": 690, "exfil": 735, "slow-scan": 760, "beacon": 800}
-DURATION_S = 900
+SCHEDULE = {"scan": 600, "worm": 630, "guess": 660, "exfil": 695, "slow-scan": 715, "beacon": 745}
+DURATION_S = 845
 COMMAND = [sys.executable, "-m", "flowsage.pipelines.cli"]
 PORT = 19436
 
@@ -128,7 +128,7 @@ def test_the_same_recorded_flows_give_the_same_findings_byte_for_byte(tmp_path: 
     flows, config = tmp_path / "lab.parquet", tmp_path / "lab.toml"
     with config.open("w") as file:
         subprocess.run([*COMMAND, "run", "--lab", "--show-config"], stdout=file, check=True)
-    record = [*COMMAND, "lab", "--duration", "105", "--attack", "85:scan", "--flows", str(flows)]
+    record = [*COMMAND, "lab", "--duration", "65", "--attack", "45:scan", "--flows", str(flows)]
     subprocess.run(record, check=True, capture_output=True)
     table = pq.read_table(flows)
     assert 500 < sum(table.column("label").to_pylist()) < len(table)

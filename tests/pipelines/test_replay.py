@@ -289,6 +289,14 @@ def test_a_file_that_goes_back_in_time_is_put_in_order_and_said_so(scanned: Path
     assert np.array_equal(np.roll(scores, -500), again)
 
 
+def test_columns_under_the_names_that_others_give_them_are_said_not_to_be_read(scanned: Path, tmp_path: Path) -> None:
+    table, renamed = pq.read_table(scanned), tmp_path / "renamed.parquet"
+    pq.write_table(table.rename_columns([{"proto": "protocol"}.get(c, c) for c in table.column_names]), renamed)
+    done = flowsage("replay", renamed, "--scores", tmp_path / "r.parquet")
+    assert "columns that are not read: protocol (here proto)" in done.stderr
+    assert "are not read" not in flowsage("replay", scanned, "--scores", tmp_path / "s.parquet").stderr
+
+
 def test_a_sensor_needs_neither_torch_nor_numba() -> None:
     code = (
         "import sys; import flowsage.pipelines.cli, flowsage.pipelines.sensor; "
