@@ -46,8 +46,9 @@ def take(slots, smallest, usual, now, day, ready, said):  # type: ignore[no-unty
         said[i, P], said[i, SURPRISE] = p if ready else np.nan, 0.0
         if ready and slots[i] >= 0:
             mine = usual[slots[i]]
-            fade = np.exp((mine[AT] - now) / day)
-            mean = mine[TOTAL] * fade / (mine[WEIGHT] * fade + UNSURE)
+            mine[: TOTAL + 1] *= np.exp((mine[AT] - now) / day)
+            mine[AT] = now
+            mean = mine[TOTAL] / (mine[WEIGHT] + UNSURE)
             said[i, SURPRISE] = max(0.0, -np.log10(max(p, LEAST_P)) - mean)
     for i in range(len(slots)):
         if slots[i] < 0:
@@ -55,10 +56,8 @@ def take(slots, smallest, usual, now, day, ready, said):  # type: ignore[no-unty
         smallest[slots[i]] = 1.0
         if ready:
             mine = usual[slots[i]]
-            fade = np.exp((mine[AT] - now) / day)
-            mine[WEIGHT] = mine[WEIGHT] * fade + 1.0
-            mine[TOTAL] = mine[TOTAL] * fade - np.log10(max(said[i, P], LEAST_P))
-            mine[AT] = now
+            mine[WEIGHT] += 1.0
+            mine[TOTAL] -= np.log10(max(said[i, P], LEAST_P))
 
 
 def of_flows(run: Contacts, host: Int32, window: Int64, surprise: Float64, *, undirected: bool) -> Float64:

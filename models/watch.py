@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -46,14 +46,27 @@ _DIRECT = np.isin(np.arange(levels.A), an.SHAPED)
 _WIDTH, _BEAT, _LASTING = int(an.WIDTH[an.CONTACT]), int(an.COLUMN[an.BEACON]), int(an.COLUMN[an.SESSION])
 CELLS, PASTS, BORN, LARGEST, HOSTS, RECEIVED, BEATS, PEAKS = range(8)
 """What kernels get of the memory: cells and past of each kind of key, births of contacts, pairs and services, largest
-excesses by age group, then `_OF_HOSTS`, what all of ours send to a host, what beats are told by, and
+excesses by age group, then `OfHosts`, what all of ours send to a host, what beats are told by, and
 the most that a host has moved on a service."""
 
 CHANCES, TIMES, BOUNDS = range(3)
 """What they get of `Rules`: by what p is told, [A] of each analytic, and numbers."""
 
 _BEST = by_group("best")
-_OF_HOSTS = "born", "inside", "active", "record", "causes", "excluded", "smallest", "usual", "crowd"
+
+
+class OfHosts(NamedTuple):
+    """Arrays of the table of hosts that kernels take by name, see `cells.FIELDS`."""
+
+    born: Array
+    inside: Array
+    active: Array
+    record: Array
+    causes: Array
+    excluded: Array
+    smallest: Array
+    usual: Array
+    crowd: Array
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,7 @@ class Watch:
             tuple(s.arrays["past"].reshape(-1, PAST) for s in stores),
             (m.contacts.arrays["born"], m.pairs.arrays["born"], m.services.arrays["born"]),
             tuple(h[name] for name in _BEST),
-            tuple(h[name] for name in _OF_HOSTS),
+            OfHosts(*(h[name] for name in OfHosts._fields)),
             (h["received"], h["received_past"]),
             (m.contacts.arrays["visits"], m.contacts.arrays["beat"], m.codes.arrays["tally"], h["polled"]),
             (m.codes.arrays["moved"], m.codes.arrays["moved_past"]),
@@ -192,7 +205,7 @@ class Watch:
         known, tries, first, last, size, first_ns, last_ns = self._more
         _, counts, _, _, _, shared, _, _, _ = self._what
         fresh = np.empty((n, 3), np.bool_)
-        keyed[HOSTS][0][self._new] = now  # births, before beats ask for them
+        keyed[HOSTS].born[self._new] = now  # births, before beats ask for them
         (sources, targets, news), strengths = self._both(
             lambda: _register(slots, counts, known, keyed, now, self._block, fresh, active),
             lambda: _strengths(slots, first, last, size, shared, keyed, by),
@@ -205,8 +218,8 @@ class Watch:
         learn(slots, keyed[CELLS][1], keyed[PEAKS][0], now)
         found, values = np.concatenate((mine[0], theirs[0])), np.concatenate((mine[1], theirs[1]))
         asked = slice(int(panes.of_hosts[k]), int(panes.of_hosts[k + 1]))
-        _, _, _, _, _, _, smallest, usual, _ = keyed[HOSTS]
-        take(panes.hosts[asked], smallest, usual, now, an.DAY / by[BOUNDS][1], panes.ready, said[asked])
+        h = keyed[HOSTS]
+        take(panes.hosts[asked], h.smallest, h.usual, now, an.DAY / by[BOUNDS][1], panes.ready, said[asked])
         return Found(k + 1, found, values, active[0, :sources].copy(), active[1, :targets].copy())
 
     def _both(self, first: Callable[[], _First], second: Callable[[], _Second]) -> tuple[_First, _Second]:
@@ -222,8 +235,7 @@ def _look(  # type: ignore[no-untyped-def]
     """See `Watch.look`: (panes done, active sources, active targets, found, values)."""
     service, counts, told, sent, moved, shared, surprise, settled, misplaced = what
     known, tries, first, last, size, first_ns, last_ns = more
-    _, _, _, _, _, _, smallest, usual, _ = keyed[HOSTS]
-    day, actives = an.DAY / by[BOUNDS][1], np.zeros(2, np.int64)
+    h, day, actives = keyed[HOSTS], an.DAY / by[BOUNDS][1], np.zeros(2, np.int64)
     while True:
         a, b, now = offsets[k], offsets[k + 1], nows[k]
         mine, fresh, some = slots[:, a:b].copy(), np.empty((b - a, 3), np.bool_), np.empty((2, b - a), np.int64)
@@ -242,7 +254,7 @@ def _look(  # type: ignore[no-untyped-def]
         found, values = _weigh(np.int64(0), np.int64(1), mine, pane, strengths, keyed, by, now)
         learn(mine, keyed[CELLS][1], keyed[PEAKS][0], now)
         asked = of_hosts[k], of_hosts[k + 1]
-        take(hosts[asked[0] : asked[1]], smallest, usual, now, day, ready, said[asked[0] : asked[1]])
+        take(hosts[asked[0] : asked[1]], h.smallest, h.usual, now, day, ready, said[asked[0] : asked[1]])
         k += 1
         if len(found) or k == len(nows):
             return k, actives[0], actives[1], found, values
@@ -251,15 +263,15 @@ def _look(  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _register(slots, counts, known, keyed, now, block, fresh, active):  # type: ignore[no-untyped-def]
     """`levels.register` of a pane."""
-    born, _, last, _, _, _, _, _, _ = keyed[HOSTS]
-    return levels.register(slots, counts[2], known, born, keyed[BORN], last, now, block, fresh, active)
+    h = keyed[HOSTS]
+    return levels.register(slots, counts[2], known, h.born, keyed[BORN], h.active, now, block, fresh, active)
 
 
 @numba.njit(cache=True, nogil=True)
 def _strengths(slots, first, last, size, shared, keyed, by):  # type: ignore[no-untyped-def]
     """Strength f8[2, c] of the beat and of the session of each contact's key, after the pane's contacts."""
     visits, state, tally, polled = keyed[BEATS]
-    born, inside, _, _, _, _, _, _, _ = keyed[HOSTS]
+    born, inside = keyed[HOSTS].born, keyed[HOSTS].inside
     _, scale, _, settled = by[BOUNDS]
     n = len(first)
     strengths, grandfathered, near = np.empty((2, n)), np.empty(n), np.empty(n, np.bool_)
@@ -277,12 +289,12 @@ def _strengths(slots, first, last, size, shared, keyed, by):  # type: ignore[no-
 def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, log):  # type: ignore[no-untyped-def]
     """A pane's contacts into the log and what is sent outside; returns what levels are raised by."""
     service, counts, told, sent, moved, shared, surprise, settled, misplaced = what
-    born, inside, _, _, _, _, _, _, crowds = keyed[HOSTS]
+    born, inside = keyed[HOSTS].born, keyed[HOSTS].inside
     received, received_past = keyed[RECEIVED]
     tau, span, fade = by[TIMES]
     step, scale, _, _ = by[BOUNDS]
     by_hand, awaited, strange = np.empty(len(tries)), np.empty(len(tries)), np.empty(len(tries))
-    crowd = crowded(slots, fresh, misplaced, inside, crowds, now, LASTS / scale)
+    crowd = crowded(slots, fresh, misplaced, inside, keyed[HOSTS].crowd, now, LASTS / scale)
     for i in range(len(tries)):
         # Where many come at once, it is the server that does something.
         strange[i] = misplaced[i] / (1.0 + crowd[i])
@@ -309,8 +321,7 @@ def _enter(slots, what, fresh, tries, first_ns, last_ns, keyed, by, now, news, l
 def _weigh(part, parts, slots, pane, strengths, keyed, by, now):  # type: ignore[no-untyped-def]
     """Raise the levels of a part of a pane's hosts, and judge them."""
     service, counts, told, sent, moved, tries, shared, fresh, surprise, settled, misplaced, beyond, most = pane
-    cells, past, births, best, of_hosts, _, _, _ = keyed
-    born, inside, _, record, causes, excluded, smallest, _, _ = of_hosts
+    cells, past, births, best, h, _, _, _ = keyed
     rate, shape, scales, floors, open_ = by[CHANCES]
     tau, span, fade = by[TIMES]
     step, scale, allowed, _ = by[BOUNDS]
@@ -318,8 +329,8 @@ def _weigh(part, parts, slots, pane, strengths, keyed, by, now):  # type: ignore
     touched = np.empty((n * levels.A + n, 3), np.int32)
     raised = levels.raise_levels(
         part, parts, slots, service, counts, told, sent, moved, tries, shared, fresh, surprise, settled, misplaced,
-        beyond, most, cells, past, born, inside, record, tau, span, step, an.COLUMN, an.KIND, an.WIDTH, an.IS_TARGET,
-        fade, now, touched,
+        beyond, most, cells, past, h.born, h.inside, h.record, tau, span, step, an.COLUMN, an.KIND, an.WIDTH,
+        an.IS_TARGET, fade, now, touched,
     )  # fmt: skip
     for k, (a, column) in enumerate(((_BEACON, _BEAT), (_SESSION, _LASTING))):
         raised = levels.set_statistic(
@@ -327,9 +338,9 @@ def _weigh(part, parts, slots, pane, strengths, keyed, by, now):  # type: ignore
         )
     found, values = np.empty((raised + n, 5), np.int64), np.empty((raised + n, 4))
     count = judge(
-        touched, raised, slots, service, cells, past, born, births, record, rate, shape, scales, floors, tau, span,
+        touched, raised, slots, service, cells, past, h.born, births, h.record, rate, shape, scales, floors, tau, span,
         step, an.COLUMN, an.KIND, an.WIDTH, an.FAMILY, an.IS_TARGET, _DIRECT, an.LEARNS, an.LEAST, an.SHARE, _JOINT,
-        open_, best, causes, excluded, smallest, fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale, allowed,
-        found, values,
+        open_, best, h.causes, h.excluded, h.smallest, fade, now, an.HOUR / scale, an.DAY / scale, QUIET / scale,
+        allowed, found, values,
     )  # fmt: skip
     return found[:count], values[:count]
